@@ -1,0 +1,182 @@
+//! The library's one error type: what was asked, why it can't be, and which knob turns it.
+
+use nix::errno::Errno;
+
+use crate::sys::OpenFailure;
+
+/// The result of a fallible operation of this library.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Says why an operation was refused; nothing was changed by the call that returned it.
+///
+/// [`Error::errno`] gives the errno that the kernel design behind this library would have returned.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An argument breaks a rule (`EINVAL`).
+    #[error("{what} is {value}: {rule}")]
+    Invalid {
+        /// The argument, in words.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// The rule that it breaks, with the limit.
+        rule: &'static str,
+    },
+    /// A sum of offsets or lengths does not fit (`EOVERFLOW`).
+    #[error("{what} wraps around: {base:#x} + {len:#x}")]
+    Overflow {
+        /// The range, in words.
+        what: &'static str,
+        /// Its start.
+        base: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// The page list already holds pages (`EINVAL`); `unmap` it first.
+    #[error("the page list already holds {nr_pages} pages: unmap it before mapping it again")]
+    AlreadyMapped {
+        /// The pages that it holds.
+        nr_pages: u64,
+    },
+    /// Bytes that a page list would name are not there (`EFAULT`).
+    #[error("{what} has no readable bytes at {at:#x}")]
+    Fault {
+        /// What was to be read.
+        what: &'static str,
+        /// The address or offset, in bytes, at which it ends or fails.
+        at: u64,
+    },
+    /// A private mapping of shared memory was asked for (`EINVAL`).
+    #[error("a private mapping of a vmap is refused: its pages are shared; attach it shared, or copy it")]
+    PrivateRefused,
+    /// An exact attach does not fit the page list (`ENXIO`).
+    #[error("pages {pgoff}..{} are outside a list of {nr_pages} pages: shorten the attach or drop `exact`", pgoff.saturating_add(*len_pages))]
+    OutsideList {
+        /// The first page asked for.
+        pgoff: u64,
+        /// The pages asked for.
+        len_pages: u64,
+        /// The pages in the list.
+        nr_pages: u64,
+    },
+    /// The address asked for is taken (`EEXIST`).
+    #[error("{len:#x} bytes at {addr:#x} are not free: choose another address or let the kernel choose")]
+    AddressTaken {
+        /// The start of the range.
+        addr: usize,
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// Memory offered as a source lies in a region of an engine (`EINVAL`).
+    #[error("the source at {addr:#x} lies in memory that an engine pages in: a fault there would wait for itself")]
+    SourceInRegion {
+        /// The address of the overlap.
+        addr: usize,
+    },
+    /// The vmap still has areas attached (`EBUSY`).
+    #[error("{refcount} areas are still attached")]
+    Busy {
+        /// The areas that are attached.
+        refcount: usize,
+    },
+    /// Pages that were to be locked are locked by somebody else (`EAGAIN`), or twice in one list (`EINVAL`).
+    #[error("page {addr:#x} is {}", if *duplicate { "in the list twice: a list with aliases can't be locked" } else { "locked by another: wait for it or try again" })]
+    PageLocked {
+        /// The address of the first page in conflict.
+        addr: usize,
+        /// The conflict is within the list itself.
+        duplicate: bool,
+    },
+    /// The page list is shared, so that its pages may not be changed in place (`EBUSY`).
+    #[error("the page list is shared by a clone or a vmap: its pages can't be changed in place")]
+    Shared,
+    /// A page of the list can't be had: a hole, past the end, revoked, or its source failed (`EFAULT`).
+    #[error("page {pgoff} can't be had: {why}")]
+    NoPage {
+        /// The page.
+        pgoff: u64,
+        /// The cause.
+        why: String,
+    },
+    /// The engine was shut down (`ESHUTDOWN`).
+    #[error("the engine was shut down")]
+    Shutdown,
+    /// Only the process that created the engine can do this (`EPERM`).
+    #[error("{what} is only possible in the process that created the engine")]
+    NotOwner {
+        /// The operation.
+        what: &'static str,
+    },
+    /// The area did not survive into this process (`ENXIO`).
+    #[error("this process did not inherit the engine's memory: {why}")]
+    NotInherited {
+        /// The cause.
+        why: String,
+    },
+    /// A thread of the engine asked for something that only that thread could answer (`EDEADLK`).
+    #[error("{what} from the engine's own {thread} thread would wait for itself")]
+    WouldDeadlock {
+        /// The operation.
+        what: &'static str,
+        /// The thread.
+        thread: &'static str,
+    },
+    /// No way to open a userfaultfd succeeded; each attempt and its remedy is listed.
+    #[error(transparent)]
+    Open(#[from] OpenFailure),
+    /// A system call failed.
+    #[error("{call}: {errno}{}", knob(*errno))]
+    Sys {
+        /// The call and what it was for.
+        call: &'static str,
+        /// Its errno.
+        errno: Errno,
+    },
+}
+
+/// The knob that usually mends an errno, as a suffix of a message.
+fn knob(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EMFILE => " (raise RLIMIT_NOFILE, `ulimit -n`)",
+        Errno::ENFILE => " (raise the sysctl fs.file-max)",
+        Errno::ENOMEM => {
+            " (memory, RLIMIT_AS, RLIMIT_MEMLOCK `ulimit -l`, or the sysctl vm.max_map_count are the usual limits)"
+        }
+        _ => "",
+    }
+}
+
+impl Error {
+    /// Returns the errno that stands for this error.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Error::Invalid { .. }
+            | Error::AlreadyMapped { .. }
+            | Error::PrivateRefused
+            | Error::SourceInRegion { .. }
+            | Error::PageLocked { duplicate: true, .. } => Errno::EINVAL,
+            Error::Overflow { .. } => Errno::EOVERFLOW,
+            Error::Fault { .. } | Error::NoPage { .. } => Errno::EFAULT,
+            Error::OutsideList { .. } | Error::NotInherited { .. } => Errno::ENXIO,
+            Error::AddressTaken { .. } => Errno::EEXIST,
+            Error::Busy { .. } | Error::Shared => Errno::EBUSY,
+            Error::PageLocked { .. } => Errno::EAGAIN,
+            Error::Shutdown => Errno::ESHUTDOWN,
+            Error::NotOwner { .. } => Errno::EPERM,
+            Error::WouldDeadlock { .. } => Errno::EDEADLK,
+            Error::Open(failure) => failure.errno(),
+            Error::Sys { errno, .. } => *errno,
+        }
+    }
+
+    /// Builds the error of a failed system call.
+    pub(crate) fn sys(call: &'static str) -> impl Fn(Errno) -> Error {
+        move |errno| Error::Sys { call, errno }
+    }
+
+    /// Builds the error of a failed system call that the standard library made.
+    pub(crate) fn io(call: &'static str) -> impl Fn(std::io::Error) -> Error {
+        move |error| Error::Sys { call, errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw) }
+    }
+}

@@ -1,0 +1,55 @@
+//! How a process reaches the engine that serves its memory: a channel in the engine's own process, a lifeline in a
+//! forked child.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::ledger::Private;
+use super::wire::{self, Ask, Reply};
+use crate::sys::Userfault;
+use crate::{Error, Result};
+
+/// What this process has of an engine.
+pub(crate) enum Local {
+    /// This process created the engine.
+    Owner { uffd: Arc<Private<Userfault>> },
+    /// This process was forked from one that the engine serves.
+    Child { uffd: Arc<Private<Userfault>>, lifeline: Lifeline },
+    /// This process was forked, but could not be connected.
+    Lost { why: String },
+}
+
+/// A child's end of its socket to the engine; one question at a time.
+pub(crate) struct Lifeline {
+    socket: Arc<Private<OwnedFd>>,
+    turn: Mutex<()>,
+}
+
+impl Lifeline {
+    pub(crate) fn new(socket: Arc<Private<OwnedFd>>) -> Lifeline {
+        Lifeline { socket, turn: Mutex::new(()) }
+    }
+
+    /// Asks the engine and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shutdown`] when the engine is gone; what it refuses, with its errno.
+    pub(crate) fn ask(&self, ask: Ask, descriptors: &[RawFd]) -> Result<(Reply, Vec<OwnedFd>)> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let socket = self.socket.as_fd();
+        let answer = wire::send_ask(socket, ask, descriptors).and_then(|()| wire::receive_reply(socket));
+        match answer {
+            Ok(Some((Reply::Refused(errno), _))) => Err(Error::sys("the engine refused")(errno)),
+            Ok(Some(answer)) => Ok(answer),
+            // A reset or broken pipe is how the engine's end looks when it went away in the middle.
+            Ok(None) | Err(_) => Err(Error::Shutdown),
+        }
+    }
+
+    /// Sends the greeting, which is not answered.
+    pub(crate) fn greet(&self, hello: Ask, descriptors: &[&dyn AsRawFd]) -> Result<()> {
+        let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        wire::send_ask(self.socket.as_fd(), hello, &numbers).map_err(|_| Error::Shutdown)
+    }
+}

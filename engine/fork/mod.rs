@@ -1,0 +1,308 @@
+//! What happens to an engine's memory over `fork`.
+//!
+//! A child must not inherit a region as it is: its mapping would not be registered, and a touch would put a zero page
+//! into the shared object, for everyone. So every mapping carries MADV_DONTFORK, and `pthread_atfork` handlers make
+//! the child's own before any of its code runs:
+//!
+//! - *prepare* (in the parent, before the fork): the engine counts every area of the child to be, and keeps one end
+//!   of a new socket pair, the child's lifeline. From here on the child's end, whenever and however it comes, even if
+//!   the fork fails, is a hang-up.
+//! - *child*: maps the areas at their addresses, registers them with a userfaultfd of its own, sends that over its
+//!   lifeline, and starts a guard.
+//! - *parent*: closes the child's end of the lifeline.
+//!
+//! A child of a raw `clone` or `vfork` runs no handlers: it has no mapping of a region, rather than a wrong one.
+
+pub(crate) mod guard;
+pub(crate) mod ledger;
+pub(crate) mod link;
+pub(crate) mod wire;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::Read;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+use crate::page::page_size;
+use crate::region::mapping::{Mapping, Placement};
+use crate::runtime::EngineShared;
+use crate::runtime::command::{Command, Forked};
+use crate::runtime::keeper::Request;
+use crate::runtime::threads::{self, Role};
+use crate::space::mmap_vec::MmapVec;
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
+use crate::sys::MsgBuffer;
+use crate::{Error, Result};
+use ledger::{Ledger, Private};
+use link::{Lifeline, Local};
+use wire::{Ask, Reply};
+
+/// Messages that a guard reads at once.
+const GUARD_MESSAGES: usize = 16;
+
+/// Held for reading by whoever holds, for a moment, a lock that a child needs, or changes what a child inherits;
+/// for writing over a fork.
+static GATE: RwLock<()> = RwLock::new(());
+/// The engines of this process, and those that it inherited.
+static ENGINES: Mutex<Vec<Weak<EngineShared>>> = Mutex::new(Vec::new());
+
+/// How many forks lie between this process and the first that used this library.
+static DEPTH: AtomicU32 = AtomicU32::new(0);
+
+/// Tells processes apart: a child's depth is its parent's plus one.
+pub(crate) fn depth() -> u32 {
+    DEPTH.load(Ordering::Relaxed)
+}
+
+/// Keeps forks away. Never held while waiting for another thread.
+pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
+    GATE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Enters an engine, so that children inherit its areas. Installs the fork handlers, once per process.
+pub(crate) fn enter(shared: &Arc<EngineShared>) -> Result<()> {
+    static INSTALLED: Once = Once::new();
+    let mut outcome = 0;
+    // SAFETY: the handlers are functions of this library, which is never unloaded while its code runs; they don't
+    // unwind (each catches).
+    INSTALLED.call_once(|| outcome = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) });
+    if outcome != 0 {
+        return Err(Error::sys("pthread_atfork")(Errno::from_raw(outcome)));
+    }
+    ledger::lock().prepare_spare().map_err(Error::sys("eventfd for forked children"))?;
+    let _gate = gate();
+    let mut engines = lock_engines();
+    engines.retain(|engine| engine.strong_count() > 0);
+    engines.push(Arc::downgrade(shared));
+    Ok(())
+}
+
+/// The engines that this process has or inherited, alive ones only.
+pub(crate) fn engines() -> Vec<Arc<EngineShared>> {
+    let _gate = gate();
+    lock_engines().iter().filter_map(Weak::upgrade).collect()
+}
+
+fn lock_engines() -> MutexGuard<'static, Vec<Weak<EngineShared>>> {
+    ENGINES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a child will need of one engine.
+struct Prepared {
+    shared: Arc<EngineShared>,
+    inheritance: Result<Inheritance>,
+}
+
+struct Inheritance {
+    records: MmapVec<AreaRecord>,
+    /// The child's end.
+    lifeline: OwnedFd,
+}
+
+/// What the forking thread holds from *prepare* to *parent* or *child*. Dropped in this order.
+struct Held {
+    ledger: MutexGuard<'static, Ledger>,
+    _gate: RwLockWriteGuard<'static, ()>,
+    prepared: Vec<Prepared>,
+}
+
+thread_local! {
+    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
+}
+
+extern "C" fn prepare() {
+    let _ = catch_unwind(AssertUnwindSafe(|| {
+        let prepared = engines().into_iter().map(|shared| Prepared { inheritance: inherit(&shared), shared }).collect();
+        let gate = GATE.write().unwrap_or_else(PoisonError::into_inner);
+        let ledger = ledger::lock();
+        HELD.set(Some(Held { ledger, _gate: gate, prepared }));
+    }));
+}
+
+extern "C" fn parent() {
+    let _ = catch_unwind(|| {
+        if let Some(Held { ledger, _gate: gate, prepared }) = HELD.take() {
+            // The locks first: what is dropped here may need them.
+            drop(ledger);
+            drop(gate);
+            drop(prepared);
+        }
+    });
+}
+
+extern "C" fn child() {
+    let _ = catch_unwind(AssertUnwindSafe(|| {
+        let Some(Held { mut ledger, _gate: gate, prepared }) = HELD.take() else { return };
+        ledger.neutralise();
+        DEPTH.fetch_add(1, Ordering::Relaxed);
+        for Prepared { shared, inheritance } in prepared {
+            let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance, &mut ledger)) {
+                Ok(local) => local,
+                Err(error) => Local::Lost { why: error.to_string() },
+            };
+            shared.become_child(local);
+            // Its last reference may be ours, and its threads are not here: nothing of it may be torn down.
+            std::mem::forget(shared);
+        }
+        drop(ledger);
+        drop(gate);
+    }));
+}
+
+/// In the parent, before the fork: has the child's areas counted and its lifeline kept.
+fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
+    if let Some(Role::Keeper | Role::Fault) = threads::current_role(shared.id) {
+        return Err(Error::WouldDeadlock { what: "a fork", thread: "keeper" });
+    }
+    let (engine_end, child_end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(Error::sys("socketpair for a child's lifeline"))?;
+    match &*shared.local() {
+        Local::Owner { .. } => {
+            let engine_end = ledger::lock().adopt(engine_end);
+            let records = fork_space(shared, OWN_SPACE, engine_end)?;
+            Ok(Inheritance { records, lifeline: child_end })
+        }
+        Local::Child { lifeline, .. } => {
+            let (reply, mut descriptors) = lifeline.ask(Ask::Fork, &[engine_end.as_raw_fd()])?;
+            let (Reply::Forked, Some(memfd)) = (reply, descriptors.pop()) else {
+                return Err(Error::sys("the answer to a fork")(Errno::EPROTO));
+            };
+            Ok(Inheritance { records: read_records(memfd)?, lifeline: child_end })
+        }
+        Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
+    }
+}
+
+/// In the engine's process: makes the space of a child of `parent`, and gives its lifeline to the keeper.
+pub(crate) fn fork_space(
+    shared: &Arc<EngineShared>,
+    parent: SpaceId,
+    lifeline: Private<OwnedFd>,
+) -> Result<MmapVec<AreaRecord>> {
+    let counters = shared.new_space_counters();
+    let child = Arc::clone(&counters);
+    let Forked { records, outcome } =
+        shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
+    outcome.map_err(Error::sys("making room for a child's areas"))?;
+    shared.keeper.send(Request::Nascent { counters, lifeline });
+    Ok(records)
+}
+
+/// Writes records into a memfd: the answer to a child that forks, of any length, in one message.
+pub(crate) fn write_records(records: &[AreaRecord]) -> Result<OwnedFd> {
+    let memfd = memfd_create(c"kiomap-areas", MFdFlags::MFD_CLOEXEC)
+        .map_err(Error::sys("memfd_create for the areas of a child"))?;
+    let file = File::from(memfd);
+    let mut bytes = Vec::with_capacity(size_of_val(records));
+    for r in records {
+        for word in [r.start, r.len, r.pgoff, r.region, r.vmap, r.flags] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+    }
+    file.write_all_at(&bytes, 0).map_err(Error::io("writing the areas of a child"))?;
+    Ok(file.into())
+}
+
+fn read_records(memfd: OwnedFd) -> Result<MmapVec<AreaRecord>> {
+    let mut bytes = Vec::new();
+    File::from(memfd).read_to_end(&mut bytes).map_err(Error::io("reading the areas of a child"))?;
+    let mut records = MmapVec::new();
+    for chunk in bytes.chunks_exact(AreaRecord::BYTES) {
+        let mut words = chunk.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
+        let mut next = || words.next().unwrap_or(0);
+        let record =
+            AreaRecord { start: next(), len: next(), pgoff: next(), region: next(), vmap: next(), flags: next() };
+        records.try_push(record).map_err(|(_, errno)| Error::sys("mmap for the areas of a child")(errno))?;
+    }
+    Ok(records)
+}
+
+/// In the child: maps and registers what it inherits, greets the engine, starts the guard. All or nothing: when any
+/// step fails the engine is told so, takes the count back, and the child has none of the areas.
+fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance, ledger: &mut Ledger) -> Result<Local> {
+    let Inheritance { records, lifeline } = inheritance;
+    let socket = Arc::new(ledger.adopt(lifeline));
+    let lifeline = Lifeline::new(Arc::clone(&socket));
+    let pid = nix::unistd::getpid().as_raw();
+    let attempt = map_all(shared, &records, ledger);
+    let outcome = attempt.and_then(|(uffd, mappings)| {
+        let pidfd = open_pidfd(pid)?;
+        let guard = guard::Guard {
+            lifeline: socket,
+            owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
+            uffd: Arc::clone(&uffd),
+            messages: MsgBuffer::new(GUARD_MESSAGES),
+        };
+        threads::spawn(Role::Guard, shared.id, move || guard.run())?;
+        lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**uffd, &pidfd])?;
+        mappings.into_iter().for_each(Mapping::release);
+        Ok(uffd)
+    });
+    match outcome {
+        Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
+        Err(error) => {
+            let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, &[]);
+            reserve(&records);
+            // Dropping it takes the ledger's lock, which is held.
+            std::mem::forget(lifeline);
+            Err(error)
+        }
+    }
+}
+
+/// Keeps the addresses of areas that could not be mapped from being used for something else: a pointer into them must
+/// not meet foreign bytes.
+fn reserve(records: &[AreaRecord]) {
+    for record in records {
+        let (Some(addr), Some(len)) =
+            (NonZeroUsize::new(record.start as usize), NonZeroUsize::new(record.len as usize))
+        else {
+            continue;
+        };
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
+        // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; if the range is taken, it is left alone.
+        let _ = unsafe { mmap_anonymous(Some(addr), len, ProtFlags::PROT_NONE, flags) };
+    }
+}
+
+type Reattached = (Arc<Private<crate::sys::Userfault>>, Vec<Mapping>);
+
+fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], ledger: &mut Ledger) -> Result<Reattached> {
+    let (uffd, _) = shared.opener.open(shared.features)?;
+    let mut mappings = Vec::with_capacity(records.len());
+    for record in records {
+        let vmap =
+            shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
+        let (start, len) = (record.start as usize, record.len as usize);
+        let offset = record.pgoff * page_size() as u64;
+        let mapping = Mapping::hidden(vmap.memfd(), len, offset, Placement::At(start))?;
+        uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
+        mapping.reveal(record.is_writable())?;
+        mappings.push(mapping);
+        // The child's copy of the table holds it too; one reference must outlive the child's handles.
+        std::mem::forget(vmap);
+    }
+    Ok((Arc::new(ledger.adopt(uffd)), mappings))
+}
+
+/// Opens a pidfd: readable when the process has exited.
+pub(crate) fn open_pidfd(pid: libc::pid_t) -> Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: a plain system call; the descriptor that it returns is new and close-on-exec.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match Errno::result(fd) {
+        // SAFETY: as above: nobody else owns it.
+        Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+        Err(errno) => Err(Error::sys("pidfd_open (Linux 5.3)")(errno)),
+    }
+}

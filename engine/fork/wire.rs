@@ -1,0 +1,257 @@
+//! The messages between a forked child and the engine: fixed frames over a SOCK_SEQPACKET pair.
+//!
+//! Each child talks over a socket of its own, its *lifeline*: closed by the kernel at exit and at exec, so that the
+//! engine notices either. A frame is an array of words; both sides run the same program image, and a frame of
+//! another version is refused.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+
+use crate::runtime::command::{PIECES_PER_ANSWER, Pieces};
+use crate::space::AreaRecord;
+
+/// "kiomap" and the version of the frames.
+const MAGIC: u64 = 0x6b69_6f6d_6170_0001;
+/// The magic, the kind, and the longest body: the pieces of a region.
+const WORDS: usize = 3 + 2 * PIECES_PER_ANSWER;
+const BYTES: usize = WORDS * 8;
+/// A child's greeting carries its userfaultfd and its pidfd.
+const MOST_DESCRIPTORS: usize = 2;
+
+/// What a child says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// "My areas are mapped and registered": with the userfaultfd and a pidfd. With `errno` ≠ 0: they are not.
+    Hello { pid: i32, errno: i32 },
+    /// "Count and serve this area, which I have mapped and registered."
+    Attach(AreaRecord),
+    /// "Of which ranges does this region consist now?"
+    Pieces { region: u64 },
+    /// "Answer when every event up to now is counted."
+    Sync,
+    /// "How many areas of this vmap are attached?"
+    Refcount { vmap: u64 },
+    /// "I am about to fork": with the engine's end of the child's lifeline.
+    Fork,
+}
+
+/// What the engine answers; a greeting is not answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reply {
+    Attached {
+        first: bool,
+    },
+    Pieces(Pieces),
+    Done,
+    Count(u64),
+    /// With a memfd that holds the areas for the child, as [`AreaRecord`]s.
+    Forked,
+    Refused(Errno),
+}
+
+type Words = [u64; WORDS];
+
+impl Ask {
+    fn to_words(self) -> Words {
+        match self {
+            Ask::Hello { pid, errno } => words(1, &[pid as u64, errno as u64]),
+            Ask::Attach(r) => words(2, &[r.start, r.len, r.pgoff, r.region, r.vmap, r.flags]),
+            Ask::Pieces { region } => words(3, &[region]),
+            Ask::Sync => words(4, &[]),
+            Ask::Refcount { vmap } => words(5, &[vmap]),
+            Ask::Fork => words(6, &[]),
+        }
+    }
+
+    fn from_words(w: &Words) -> Option<Ask> {
+        Some(match w[1] {
+            1 => Ask::Hello { pid: w[2] as i32, errno: w[3] as i32 },
+            2 => Ask::Attach(AreaRecord { start: w[2], len: w[3], pgoff: w[4], region: w[5], vmap: w[6], flags: w[7] }),
+            3 => Ask::Pieces { region: w[2] },
+            4 => Ask::Sync,
+            5 => Ask::Refcount { vmap: w[2] },
+            6 => Ask::Fork,
+            _ => return None,
+        })
+    }
+}
+
+impl Reply {
+    fn to_words(self) -> Words {
+        match self {
+            Reply::Attached { first } => words(1, &[first.into()]),
+            Reply::Pieces(pieces) => {
+                let mut out = words(2, &[pieces.len as u64]);
+                for (slot, &(start, end)) in out[3..].chunks_exact_mut(2).zip(pieces.as_slice()) {
+                    slot.copy_from_slice(&[start as u64, end as u64]);
+                }
+                out
+            }
+            Reply::Done => words(3, &[]),
+            Reply::Count(count) => words(4, &[count]),
+            Reply::Forked => words(5, &[]),
+            Reply::Refused(errno) => words(6, &[errno as u64]),
+        }
+    }
+
+    fn from_words(w: &Words) -> Option<Reply> {
+        Some(match w[1] {
+            1 => Reply::Attached { first: w[2] != 0 },
+            2 => {
+                let mut pieces = Pieces::default();
+                let nr_pieces = usize::try_from(w[2]).ok().filter(|&n| n <= PIECES_PER_ANSWER)?;
+                for piece in w[3..].chunks_exact(2).take(nr_pieces) {
+                    pieces.push(piece[0] as usize, piece[1] as usize);
+                }
+                Reply::Pieces(pieces)
+            }
+            3 => Reply::Done,
+            4 => Reply::Count(w[2]),
+            5 => Reply::Forked,
+            6 => Reply::Refused(Errno::from_raw(w[2] as i32)),
+            _ => return None,
+        })
+    }
+}
+
+fn words(kind: u64, body: &[u64]) -> Words {
+    let mut out = [0; WORDS];
+    out[0] = MAGIC;
+    out[1] = kind;
+    out[2..2 + body.len()].copy_from_slice(body);
+    out
+}
+
+/// Sends a request or a greeting. A peer that is gone is an error, not a SIGPIPE.
+pub(crate) fn send_ask(socket: BorrowedFd<'_>, ask: Ask, descriptors: &[RawFd]) -> Result<(), Errno> {
+    send(socket, &ask.to_words(), descriptors, MsgFlags::empty())
+}
+
+/// Sends an answer without waiting: a peer that does not read its answers is not waited for.
+pub(crate) fn send_reply(socket: BorrowedFd<'_>, reply: Reply, descriptors: &[RawFd]) -> Result<(), Errno> {
+    send(socket, &reply.to_words(), descriptors, MsgFlags::MSG_DONTWAIT)
+}
+
+fn send(socket: BorrowedFd<'_>, words: &Words, descriptors: &[RawFd], flags: MsgFlags) -> Result<(), Errno> {
+    let mut bytes = [0u8; BYTES];
+    for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
+        slot.copy_from_slice(&word.to_ne_bytes());
+    }
+    let rights = [ControlMessage::ScmRights(descriptors)];
+    let control: &[ControlMessage<'_>] = if descriptors.is_empty() { &[] } else { &rights };
+    loop {
+        let sent =
+            sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags | MsgFlags::MSG_NOSIGNAL, None);
+        match sent {
+            Err(Errno::EINTR) => {}
+            other => return other.map(drop),
+        }
+    }
+}
+
+/// Receives a request or a greeting if one is there; `Ok(None)` at the end of the stream.
+pub(crate) fn receive_ask(socket: BorrowedFd<'_>) -> Result<Option<(Ask, Vec<OwnedFd>)>, Errno> {
+    receive(socket, MsgFlags::MSG_DONTWAIT, Ask::from_words)
+}
+
+/// Waits for an answer; `Ok(None)` when the engine is gone.
+pub(crate) fn receive_reply(socket: BorrowedFd<'_>) -> Result<Option<(Reply, Vec<OwnedFd>)>, Errno> {
+    receive(socket, MsgFlags::empty(), Reply::from_words)
+}
+
+fn receive<T>(
+    socket: BorrowedFd<'_>,
+    flags: MsgFlags,
+    parse: impl Fn(&Words) -> Option<T>,
+) -> Result<Option<(T, Vec<OwnedFd>)>, Errno> {
+    let mut bytes = [0u8; BYTES];
+    let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
+    let (received, descriptors) = loop {
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+        let message = match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let mut descriptors = Vec::new();
+        for part in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(numbers) = part {
+                // SAFETY: the kernel has just put these descriptors into our table; nobody else knows them.
+                descriptors.extend(numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        break (message.bytes, descriptors);
+    };
+    if received == 0 {
+        return Ok(None);
+    }
+    let mut words = [0u64; WORDS];
+    for (word, slot) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = u64::from_ne_bytes(slot.try_into().map_err(|_| Errno::EPROTO)?);
+    }
+    if received != BYTES || words[0] != MAGIC {
+        return Err(Errno::EPROTO);
+    }
+    parse(&words).map(|parsed| Some((parsed, descriptors))).ok_or(Errno::EPROTO)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn every_request_survives_the_wire() {
+        let (a, b) = pair();
+        let record = AreaRecord { start: 1 << 40, len: 8192, pgoff: 3, region: 4, vmap: 5, flags: 1 };
+        let asks = [
+            Ask::Hello { pid: 77, errno: 24 },
+            Ask::Attach(record),
+            Ask::Pieces { region: 9 },
+            Ask::Sync,
+            Ask::Refcount { vmap: 2 },
+            Ask::Fork,
+        ];
+        for ask in asks {
+            send_ask(a.as_fd(), ask, &[]).unwrap();
+            assert_eq!(receive_ask(b.as_fd()).unwrap().unwrap().0, ask);
+        }
+    }
+
+    #[test]
+    fn pieces_and_descriptors_survive_the_wire() {
+        let (a, b) = pair();
+        let mut pieces = Pieces::default();
+        for n in 0..PIECES_PER_ANSWER {
+            pieces.push(n * 0x1000, n * 0x1000 + 0x800);
+        }
+        send_reply(a.as_fd(), Reply::Pieces(pieces), &[a.as_raw_fd()]).unwrap();
+        let (reply, descriptors) = receive_reply(b.as_fd()).unwrap().unwrap();
+        let Reply::Pieces(got) = reply else { panic!("{reply:?}") };
+        assert_eq!(got.as_slice(), pieces.as_slice());
+        assert_eq!(descriptors.len(), 1);
+    }
+
+    #[test]
+    fn a_hang_up_is_the_end_and_garbage_is_refused() {
+        let (a, b) = pair();
+        nix::unistd::write(&a, b"garbage").unwrap();
+        assert_eq!(receive_ask(b.as_fd()).unwrap_err(), Errno::EPROTO);
+        nix::unistd::write(&a, &[0u8; BYTES]).unwrap();
+        assert_eq!(receive_ask(b.as_fd()).unwrap_err(), Errno::EPROTO);
+        assert_eq!(receive_ask(b.as_fd()).unwrap_err(), Errno::EAGAIN);
+        drop(a);
+        assert!(receive_ask(b.as_fd()).unwrap().is_none());
+        assert_eq!(send_reply(b.as_fd(), Reply::Done, &[]).unwrap_err(), Errno::EPIPE);
+    }
+}

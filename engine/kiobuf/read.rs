@@ -1,0 +1,170 @@
+//! Composing pages that can't be copied as they lie: from files, sources, mapped files, and pages with slack.
+
+use std::io::IoSliceMut;
+
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use super::Kiobuf;
+use super::extent::{Base, Extent};
+use super::nopage::extent_at;
+use crate::error::Error;
+use crate::page::page_size;
+
+/// What an attempt to read without waiting came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TryRead {
+    /// The buffer holds the pages.
+    Done,
+    /// Only a thread that may wait can tell.
+    WouldBlock,
+    /// The pages can't be had.
+    Failed(Errno),
+}
+
+/// Says why pages could not be read. What the buffer holds then is not a page.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadFailure {
+    /// The bytes were there when the list was built.
+    #[error("no bytes at {at:#x} any more: the file was truncated")]
+    Gone {
+        /// The offset in the file, or the address in a mapped file.
+        at: u64,
+    },
+    /// A system call failed.
+    #[error("{call}: {errno}")]
+    Sys {
+        /// The call and what it was for.
+        call: &'static str,
+        /// Its errno.
+        errno: Errno,
+    },
+    /// The page source answered with an error.
+    #[error("the page source failed at byte {offset_bytes}: {error}")]
+    Source {
+        /// The offset that it was asked for.
+        offset_bytes: u64,
+        /// Its answer.
+        error: std::io::Error,
+    },
+    /// The pages asked for are a hole, past the end, or not of one extent.
+    #[error("{len_bytes} bytes from page {first} on are not readable pages of one extent")]
+    NotPages {
+        /// The first page.
+        first: u64,
+        /// The length of the buffer.
+        len_bytes: usize,
+    },
+}
+
+impl ReadFailure {
+    /// Returns the errno that stands for this failure.
+    pub(crate) fn errno(&self) -> Errno {
+        match self {
+            ReadFailure::Gone { .. } | ReadFailure::NotPages { .. } => Errno::EFAULT,
+            ReadFailure::Sys { errno, .. } => *errno,
+            ReadFailure::Source { error, .. } => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        }
+    }
+
+    /// Builds the failure of a system call that the standard library made.
+    pub(super) fn from_io(call: &'static str, error: std::io::Error) -> Self {
+        ReadFailure::Sys { call, errno: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw) }
+    }
+}
+
+impl From<ReadFailure> for Error {
+    fn from(failure: ReadFailure) -> Self {
+        match failure {
+            ReadFailure::Gone { at } => Error::Fault { what: "a file of the page list", at },
+            ReadFailure::Sys { call, errno } => Error::Sys { call, errno },
+            ReadFailure::Source { .. } => Error::Sys { call: "PageSource::read_at", errno: failure.errno() },
+            ReadFailure::NotPages { first, .. } => Error::NoPage { pgoff: first, why: failure.to_string() },
+        }
+    }
+}
+
+impl Kiobuf {
+    /// Fills `buf` with the pages from `first` on, all of one extent, unless that would wait.
+    ///
+    /// Makes at most one system call, which does not wait; takes no lock and allocates nothing.
+    pub(crate) fn try_read_pages(&self, first: u64, buf: &mut [u8]) -> TryRead {
+        let Some(extent) = self.extent_of(first, buf.len()) else {
+            return TryRead::Failed(Errno::EFAULT);
+        };
+        let (position, data) = extent.zero_slack(first, buf);
+        match &extent.base {
+            Base::File { file, at } => file.try_read(at + position, data),
+            Base::Mmap(_) | Base::Source(_) => TryRead::WouldBlock,
+            Base::Memory(_) | Base::Zero | Base::Hole => match read_data(extent, position, data) {
+                Ok(()) => TryRead::Done,
+                Err(failure) => TryRead::Failed(failure.errno()),
+            },
+        }
+    }
+
+    /// Fills `buf` with the pages from `first` on, all of one extent; may wait for a disk or a page source.
+    ///
+    /// A page source is called on this thread: a panic of it unwinds through here.
+    pub(crate) fn read_pages(&self, first: u64, buf: &mut [u8]) -> Result<(), ReadFailure> {
+        let Some(extent) = self.extent_of(first, buf.len()) else {
+            return Err(ReadFailure::NotPages { first, len_bytes: buf.len() });
+        };
+        let (position, data) = extent.zero_slack(first, buf);
+        read_data(extent, position, data)
+    }
+
+    /// Finds the one extent that holds all the pages which a buffer of `len_bytes` is for.
+    fn extent_of(&self, first: u64, len_bytes: usize) -> Option<&Extent> {
+        let extent = extent_at(&self.inner.extents, first)?;
+        let pages = (len_bytes / page_size()) as u64;
+        let fits = len_bytes.is_multiple_of(page_size()) && pages <= extent.pages().end - first;
+        (fits && !matches!(extent.base, Base::Hole)).then_some(extent)
+    }
+}
+
+/// Reads an extent's data from `position` on, which holds at least as much as `buf`.
+pub(super) fn read_data(extent: &Extent, position: u64, buf: &mut [u8]) -> Result<(), ReadFailure> {
+    if buf.is_empty() {
+        return Ok(());
+    }
+    debug_assert!(position + buf.len() as u64 <= extent.data_len());
+    match &extent.base {
+        Base::Memory(memory) => {
+            // SAFETY: the data is `data_len` bytes of readable memory which the extent's guard keeps and nobody writes,
+            // `position..position + buf.len()` is within them (`zero_slack` clamps to it, `write_to` counts to it),
+            // and `buf` is borrowed mutably, so that it is none of them.
+            unsafe {
+                std::ptr::copy_nonoverlapping(memory.as_ptr().add(position as usize), buf.as_mut_ptr(), buf.len());
+            }
+            Ok(())
+        }
+        Base::Mmap(map) => read_mapped_file(map.as_ptr().addr() + position as usize, buf),
+        Base::File { file, at } => file.read(at + position, buf),
+        Base::Source(source) => {
+            source.read_at(position, buf).map_err(|error| ReadFailure::Source { offset_bytes: position, error })
+        }
+        Base::Zero => {
+            buf.fill(0);
+            Ok(())
+        }
+        Base::Hole => Err(ReadFailure::NotPages { first: extent.first_page, len_bytes: buf.len() }),
+    }
+}
+
+/// Reads a mapped file through the kernel: a page that was truncated away is an EFAULT there, and a SIGBUS here.
+fn read_mapped_file(addr: usize, buf: &mut [u8]) -> Result<(), ReadFailure> {
+    let mut done = 0;
+    while done < buf.len() {
+        let from = addr + done;
+        let remote = [RemoteIoVec { base: from, len: buf.len() - done }];
+        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut buf[done..])], &remote) {
+            Ok(0) | Err(Errno::EFAULT) => return Err(ReadFailure::Gone { at: from as u64 }),
+            Ok(count) => done += count,
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(ReadFailure::Sys { call: "process_vm_readv of a mapped file", errno }),
+        }
+    }
+    Ok(())
+}

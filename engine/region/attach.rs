@@ -1,0 +1,255 @@
+//! Attaching: from options to a mapped, registered, counted region, or to nothing at all.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+
+use super::Region;
+use super::mapping::{Mapping, Placement};
+use crate::fork::link::Local;
+use crate::fork::wire::{Ask, Reply};
+use crate::fork::{depth, gate};
+use crate::page::{is_aligned, page_size, pages_for};
+use crate::runtime::EngineShared;
+use crate::runtime::keeper::{NewArea, insert};
+use crate::runtime::threads::{self, Role};
+use crate::space::{AreaRecord, OWN_SPACE};
+use crate::vmap::core::VmapCore;
+use crate::{Error, Result};
+
+/// Whether writes reach the other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Sharing {
+    /// They do (MAP_SHARED): the only way in which a vmap can be attached.
+    #[default]
+    Shared,
+    /// They would not (MAP_PRIVATE). Refused with `EINVAL`, as `mmap_kiobuf` refuses copy-on-write maps; named so that
+    /// code written for `mmap` gets its answer rather than something else.
+    Private,
+}
+
+/// Says what part of a vmap to attach, where, and how ([`Vmap::attach`](crate::Vmap::attach)).
+///
+/// The default is all of it, read-write, where the kernel likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub struct AttachOptions {
+    len_bytes: Option<usize>,
+    pgoff: u64,
+    addr: Option<usize>,
+    writable: bool,
+    sharing: Sharing,
+    exact: bool,
+    inherit: bool,
+}
+
+impl Default for AttachOptions {
+    fn default() -> Self {
+        AttachOptions {
+            len_bytes: None,
+            pgoff: 0,
+            addr: None,
+            writable: true,
+            sharing: Sharing::Shared,
+            exact: false,
+            inherit: true,
+        }
+    }
+}
+
+impl AttachOptions {
+    /// Begins with the default.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the length in bytes, rounded up to whole pages; to the end of the list unless set. It may reach past the
+    /// end of the list: touches there are SIGBUS.
+    pub fn len_bytes(mut self, len: usize) -> Self {
+        self.len_bytes = Some(len);
+        self
+    }
+
+    /// Sets the page of the list at which the region begins; 0 unless set.
+    pub fn pgoff(mut self, pgoff: u64) -> Self {
+        self.pgoff = pgoff;
+        self
+    }
+
+    /// Sets the address, a multiple of the page size. What is mapped there is never replaced.
+    pub fn at(mut self, addr: usize) -> Self {
+        self.addr = Some(addr);
+        self
+    }
+
+    /// Maps the region read-only: a write is SIGSEGV.
+    pub fn read_only(mut self) -> Self {
+        self.writable = false;
+        self
+    }
+
+    /// Sets whether writes reach the other processes.
+    pub fn sharing(mut self, sharing: Sharing) -> Self {
+        self.sharing = sharing;
+        self
+    }
+
+    /// Refuses a region that is longer than the list (`ENXIO`, as `vm_map_pages` does), rather than have its tail be
+    /// SIGBUS.
+    pub fn exact(mut self) -> Self {
+        self.exact = true;
+        self
+    }
+
+    /// Sets whether forked children get the region too; they do unless told otherwise. A child that does not has
+    /// nothing mapped there.
+    pub fn inherit(mut self, inherit: bool) -> Self {
+        self.inherit = inherit;
+        self
+    }
+}
+
+/// What is to be mapped, validated.
+struct Plan {
+    len: usize,
+    offset: u64,
+    placement: Placement,
+}
+
+impl Plan {
+    fn new(options: &AttachOptions, nr_pages: u64) -> Result<Plan> {
+        let page = page_size() as u64;
+        if options.sharing == Sharing::Private {
+            return Err(Error::PrivateRefused);
+        }
+        let wanted = match options.len_bytes {
+            Some(len) => len as u64,
+            None => nr_pages.saturating_sub(options.pgoff).saturating_mul(page),
+        };
+        let invalid = |what, value, rule| Error::Invalid { what, value, rule };
+        if wanted == 0 {
+            return Err(invalid("the length of a region in bytes", 0, "it must not be zero"));
+        }
+        let too_far = invalid("pgoff", options.pgoff, "pgoff plus length must be less than 2^63 bytes");
+        let len_pages = pages_for(wanted);
+        let end = len_pages.and_then(|pages| options.pgoff.checked_add(pages)).and_then(|end| end.checked_mul(page));
+        let (Some(len_pages), Some(_)) = (len_pages, end.filter(|&end| i64::try_from(end).is_ok())) else {
+            return Err(too_far);
+        };
+        if options.exact && options.pgoff + len_pages > nr_pages {
+            return Err(Error::OutsideList { pgoff: options.pgoff, len_pages, nr_pages });
+        }
+        let placement = match options.addr {
+            None => Placement::Anywhere,
+            Some(addr) if addr == 0 || !is_aligned(addr) => {
+                return Err(invalid("the address of a region", addr as u64, "it must be a multiple of the page size"));
+            }
+            Some(addr) => Placement::At(addr),
+        };
+        Ok(Plan { len: (len_pages * page) as usize, offset: options.pgoff * page, placement })
+    }
+}
+
+/// The caller's closure of an `attach_with`.
+type Transition<'a> = Box<dyn FnOnce(bool) + 'a>;
+
+/// Attaches, all or nothing. The count is the last step but the table's; each step undoes itself when a later fails.
+pub(crate) fn attach(
+    core: &Arc<VmapCore>,
+    shared: &Arc<EngineShared>,
+    options: &AttachOptions,
+    transition: Option<Transition<'_>>,
+) -> Result<Region> {
+    if shared.retired.load(Ordering::Acquire) {
+        return Err(Error::Shutdown);
+    }
+    let plan = Plan::new(options, core.nr_pages())?;
+    let local = shared.local();
+    let uffd = match &*local {
+        Local::Owner { uffd } | Local::Child { uffd, .. } => uffd,
+        Local::Lost { why } => return Err(Error::NotInherited { why: why.clone() }),
+    };
+    let mapping = {
+        // From mmap to MADV_DONTFORK, no fork: a child must not get the mapping.
+        let _gate = gate();
+        Mapping::hidden(core.memfd(), plan.len, plan.offset, plan.placement)?
+    };
+    uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+    mapping.reveal(options.writable)?;
+    let id = shared.new_region_id();
+    let first = match &*local {
+        Local::Child { lifeline, .. } => {
+            let record = AreaRecord {
+                start: mapping.addr() as u64,
+                len: mapping.len() as u64,
+                pgoff: options.pgoff,
+                region: id,
+                vmap: core.id,
+                flags: AreaRecord::flags(options.writable, options.inherit),
+            };
+            let (Reply::Attached { first }, _) = lifeline.ask(Ask::Attach(record), &[])? else {
+                return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
+            };
+            if let Some(transition) = transition {
+                transition(first);
+            }
+            first
+        }
+        _ => count_and_insert(core, shared, options, &mapping, id, transition)?,
+    };
+    let region = Region {
+        core: Arc::clone(core),
+        shared: Arc::clone(shared),
+        id,
+        addr: mapping.addr(),
+        len: mapping.len(),
+        pgoff: options.pgoff,
+        writable: options.writable,
+        inherit: options.inherit,
+        first,
+        depth: depth(),
+    };
+    mapping.release();
+    Ok(region)
+}
+
+/// Ends a transition even if its closure panics.
+struct TransitionGuard<'a>(&'a VmapCore);
+
+impl Drop for TransitionGuard<'_> {
+    fn drop(&mut self) {
+        self.0.transition_done();
+    }
+}
+
+/// In the engine's process: counts the area, has it served, and runs the closure.
+fn count_and_insert(
+    core: &Arc<VmapCore>,
+    shared: &Arc<EngineShared>,
+    options: &AttachOptions,
+    mapping: &Mapping,
+    region: u64,
+    transition: Option<Transition<'_>>,
+) -> Result<bool> {
+    let from_callback = threads::current_role(shared.id) == Some(Role::Callback);
+    let first = core.open(from_callback, transition.is_some())?;
+    let _transition = transition.is_some().then(|| TransitionGuard(core));
+    let area = NewArea {
+        start: mapping.addr(),
+        end: mapping.addr() + mapping.len(),
+        pgoff: options.pgoff,
+        region,
+        writable: options.writable,
+        inherit: options.inherit,
+    };
+    if let Err(error) = insert(shared, OWN_SPACE, core, area) {
+        core.take_back(first);
+        return Err(error);
+    }
+    if let Some(transition) = transition {
+        transition(first);
+    }
+    Ok(first)
+}

@@ -1,0 +1,115 @@
+//! The mapping of a part of a vmap: hidden first, registered, and only then revealed.
+//!
+//! Between `mmap` and UFFDIO_REGISTER a touch would fill the shared object with a zero page for everyone, and
+//! `mlockall(MCL_FUTURE)` makes the kernel itself touch every page in `mmap`. A mapping that starts as PROT_NONE can't
+//! be touched. It is not inherited over fork either: a child would have it without its registration.
+
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect, munmap};
+
+use crate::{Error, Result};
+
+/// Where a mapping shall lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// Where the kernel likes.
+    Anywhere,
+    /// At this address or not at all.
+    At(usize),
+}
+
+/// A shared mapping; unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    addr: usize,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps `len` bytes of the object from byte `offset` on, with no access and not inherited over fork.
+    pub(crate) fn hidden(memfd: BorrowedFd<'_>, len: usize, offset: u64, placement: Placement) -> Result<Mapping> {
+        let Some(length) = NonZeroUsize::new(len) else {
+            return Err(Error::Invalid { what: "the length of a mapping", value: 0, rule: "it must not be zero" });
+        };
+        let offset = libc::off_t::try_from(offset).map_err(|_| Error::Overflow {
+            what: "the offset of a mapping",
+            base: offset,
+            len: len as u64,
+        })?;
+        let (hint, fixed) = match placement {
+            Placement::Anywhere => (None, MapFlags::empty()),
+            Placement::At(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED_NOREPLACE),
+        };
+        // SAFETY: without MAP_FIXED no existing mapping is replaced, so no memory of anyone changes.
+        let mapped = unsafe {
+            mmap(
+                hint,
+                length,
+                ProtFlags::PROT_NONE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | fixed,
+                memfd,
+                offset,
+            )
+        };
+        let addr = match (mapped, placement) {
+            (Ok(addr), _) => addr.as_ptr() as usize,
+            (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
+            (Err(errno), _) => return Err(Error::sys("mmap of a vmap")(errno)),
+        };
+        let mapping = Mapping { addr, len };
+        if let Placement::At(wanted) = placement
+            && wanted != addr
+        {
+            // Kernels before 4.17 take the flag for a hint.
+            return Err(Error::AddressTaken { addr: wanted, len });
+        }
+        // SAFETY: the range is the mapping just made.
+        unsafe { madvise(mapping.pointer(), len, MmapAdvise::MADV_DONTFORK) }
+            .map_err(Error::sys("madvise(MADV_DONTFORK)"))?;
+        Ok(mapping)
+    }
+
+    /// Gives the mapping its access, after it was registered.
+    pub(crate) fn reveal(&self, writable: bool) -> Result<()> {
+        let prot = if writable { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        // SAFETY: the range is this mapping, of which no Rust value is a part yet.
+        unsafe { mprotect(self.pointer(), self.len, prot) }.map_err(Error::sys("mprotect of a new region"))
+    }
+
+    pub(crate) fn addr(&self) -> usize {
+        self.addr
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    fn pointer(&self) -> NonNull<libc::c_void> {
+        NonNull::new(self.addr as *mut libc::c_void).unwrap_or(NonNull::dangling())
+    }
+
+    /// Gives the mapping up without unmapping it.
+    pub(crate) fn release(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        unmap(self.addr, self.len);
+    }
+}
+
+/// Unmaps a range that is known to be ours.
+pub(crate) fn unmap(addr: usize, len: usize) {
+    if let Some(pointer) = NonNull::new(addr as *mut libc::c_void) {
+        // SAFETY: the caller owns the range. munmap of a valid range can fail only for want of memory to split a
+        // mapping, which a whole mapping does not need.
+        let result = unsafe { munmap(pointer, len) };
+        debug_assert!(result.is_ok(), "munmap of {len:#x} bytes at {addr:#x}: {result:?}");
+    }
+}

@@ -1,0 +1,157 @@
+//! The noun `Region`: one attachment of a vmap, mapped into this process.
+
+pub(crate) mod access;
+pub(crate) mod attach;
+pub(crate) mod mapping;
+
+use std::sync::Arc;
+
+pub use attach::{AttachOptions, Sharing};
+
+use crate::fork::depth;
+use crate::fork::link::Local;
+use crate::fork::wire::{Ask, Reply};
+use crate::runtime::EngineShared;
+use crate::runtime::command::Command;
+use crate::space::OWN_SPACE;
+use crate::vmap::Vmap;
+use crate::vmap::core::VmapCore;
+use crate::{Error, Result};
+
+/// Holds a mapped range of a vmap in this process (`vm_area_struct` and `mmap_kiobuf`); dropping it unmaps the range.
+///
+/// A touch gets the right bytes, or SIGBUS for a page that can't be had: past the end of the list, a hole, a failed
+/// source. Nothing is there until it is touched. A forked child has the same range at the same address, and its own
+/// copy of this value: dropping that unmaps it there.
+///
+/// Other processes may write at any time. The safe accessors ([`Region::read_at`], [`Region::write_at`],
+/// [`Region::atomic_u64`], …) allow for that.
+pub struct Region {
+    core: Arc<VmapCore>,
+    shared: Arc<EngineShared>,
+    id: u64,
+    addr: usize,
+    len: usize,
+    pgoff: u64,
+    writable: bool,
+    inherit: bool,
+    first: bool,
+    /// The process in which it was attached.
+    depth: u32,
+}
+
+impl Region {
+    /// Returns the address of the first byte. It stays the same in forked children.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.addr as *mut u8
+    }
+
+    /// Returns the length in bytes, whole pages.
+    pub fn len_bytes(&self) -> usize {
+        self.len
+    }
+
+    /// Returns the page of the list that the region begins with.
+    pub fn pgoff(&self) -> u64 {
+        self.pgoff
+    }
+
+    /// Tells whether the region was attached read-write.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Tells whether this attach was the first of its vmap: the count went from 0 to 1.
+    pub fn is_first(&self) -> bool {
+        self.first
+    }
+
+    /// Returns the vmap that is attached.
+    pub fn vmap(&self) -> Vmap {
+        Vmap::from_parts(Arc::clone(&self.core), Arc::clone(&self.shared))
+    }
+
+    /// Checks that the region is there in this process: always, except in a forked child that was not to inherit it,
+    /// or could not be connected to the engine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotInherited`] with the cause.
+    pub fn check(&self) -> Result<()> {
+        if depth() == self.depth {
+            return Ok(());
+        }
+        if !self.inherit {
+            return Err(Error::NotInherited { why: "the region was attached with inherit(false)".into() });
+        }
+        match &*self.shared.local() {
+            Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
+            Local::Owner { .. } | Local::Child { .. } => Ok(()),
+        }
+    }
+
+    /// Unmaps what is left of the region; the answer is the number of pieces, for the count.
+    fn unmap(&self) -> Result<usize> {
+        let mut unmapped = 0;
+        loop {
+            let pieces = match &*self.shared.local() {
+                Local::Owner { .. } => {
+                    let region = self.id;
+                    self.shared.handler.ask(|reply| Command::Pieces { space: OWN_SPACE, region, reply })?
+                }
+                Local::Child { lifeline, .. } => match lifeline.ask(Ask::Pieces { region: self.id }, &[])? {
+                    (Reply::Pieces(pieces), _) => pieces,
+                    _ => return Ok(unmapped),
+                },
+                Local::Lost { .. } => return Ok(unmapped),
+            };
+            if pieces.as_slice().is_empty() {
+                return Ok(unmapped);
+            }
+            for &(start, end) in pieces.as_slice() {
+                // Only what the table says is still this region's: the rest may be somebody else's by now.
+                mapping::unmap(start, end - start);
+                unmapped += 1;
+            }
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if self.check().is_err() {
+            return;
+        }
+        match &*self.shared.local() {
+            Local::Owner { .. } => {
+                let region = self.id;
+                // While it is leaving, its end is not reported by the kernel's event but counted here, after the
+                // unmap: the callback then finds it gone.
+                if self.shared.handler.ask(|reply| Command::Leave { region, reply }).is_ok() {
+                    let pieces = self.unmap().unwrap_or(0);
+                    self.core.close(pieces);
+                    self.shared.handler.send(Command::Left);
+                }
+            }
+            Local::Child { lifeline, .. } => {
+                // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
+                // the range stays mapped: which parts of it are still ours, only the engine knew.
+                if self.unmap().is_ok() {
+                    let _ = lifeline.ask(Ask::Sync, &[]);
+                }
+            }
+            Local::Lost { .. } => {}
+        }
+    }
+}
+
+impl std::fmt::Debug for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Region")
+            .field("addr", &format_args!("{:#x}", self.addr))
+            .field("len_bytes", &self.len)
+            .field("pgoff", &self.pgoff)
+            .field("writable", &self.writable)
+            .finish_non_exhaustive()
+    }
+}

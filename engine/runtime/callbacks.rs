@@ -1,0 +1,52 @@
+//! The thread on which deref callbacks run: outside every lock, one at a time, in the order in which they became due.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError};
+
+use crossbeam_channel::Receiver;
+
+use super::EngineShared;
+use super::keeper::Request;
+use super::stats::add;
+use crate::vmap::Vmap;
+use crate::vmap::core::VmapCore;
+
+/// What the callback thread is told.
+pub(crate) enum Notice {
+    /// The last area of a vmap is gone.
+    Deref(Arc<VmapCore>),
+    /// No area is left and none will come.
+    End,
+}
+
+/// Runs callbacks until told to end.
+pub(crate) fn run(shared: &Arc<EngineShared>, notices: &Receiver<Notice>) {
+    while let Ok(Notice::Deref(core)) = notices.recv() {
+        run_one(shared, &core);
+        if shared.is_child() {
+            // The callback forked and returned in the child: nothing of this loop belongs to it.
+            return;
+        }
+        core.deref_done();
+        // A child that asked to attach in the meantime may do so now.
+        shared.keeper.send(Request::RetryDeferred);
+    }
+}
+
+fn run_one(shared: &Arc<EngineShared>, core: &Arc<VmapCore>) {
+    let slot = || core.on_deref.lock().unwrap_or_else(PoisonError::into_inner);
+    // Taken out while it runs, so that it may replace itself.
+    let (callback, version) = {
+        let mut slot = slot();
+        (slot.callback.take(), slot.version)
+    };
+    let Some(mut callback) = callback else { return };
+    let vmap = Vmap::from_parts(Arc::clone(core), Arc::clone(shared));
+    if catch_unwind(AssertUnwindSafe(|| callback(&vmap))).is_err() {
+        add(&shared.counters.panics, 1);
+    }
+    let mut slot = slot();
+    if slot.version == version {
+        slot.callback = Some(callback);
+    }
+}

@@ -1,0 +1,117 @@
+//! What other threads ask of the fault-handling thread, and what it tells them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use memmap2::MmapMut;
+use nix::errno::Errno;
+
+use super::call::Ticket;
+use super::resolve::Fault;
+use super::stats::SpaceCounters;
+use crate::fork::ledger::Private;
+use crate::kiobuf::Kiobuf;
+use crate::space::mmap_vec::MmapVec;
+use crate::space::table::{Area, InsertError};
+use crate::space::{AreaRecord, Space, SpaceId, Target};
+use crate::sys::Userfault;
+use crate::vmap::core::Contents;
+
+/// At most this many pieces of a region are told in one answer.
+pub(crate) const PIECES_PER_ANSWER: usize = 8;
+
+/// Some of the ranges that a region still consists of.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pieces {
+    pub(crate) ranges: [(usize, usize); PIECES_PER_ANSWER],
+    pub(crate) len: usize,
+}
+
+impl Pieces {
+    pub(crate) fn as_slice(&self) -> &[(usize, usize)] {
+        &self.ranges[..self.len]
+    }
+
+    pub(crate) fn push(&mut self, start: usize, end: usize) {
+        if let Some(slot) = self.ranges.get_mut(self.len) {
+            *slot = (start, end);
+            self.len += 1;
+        }
+    }
+}
+
+/// The child's half of a fork, as the fault-handling thread sees it.
+pub(crate) struct Forked {
+    /// Filled with what the child shall map.
+    pub(crate) records: MmapVec<AreaRecord>,
+    pub(crate) outcome: Result<(), Errno>,
+}
+
+/// A request to the fault-handling thread. It answers without allocating or freeing memory: whatever is to be
+/// dropped goes back in the answer, or is kept alive by the asker.
+pub(crate) enum Command {
+    /// Adds an area to a space.
+    Insert { space: SpaceId, area: Area<Target>, reply: Ticket<Result<(), InsertError<Target>>> },
+    /// Tells pieces of a region.
+    Pieces { space: SpaceId, region: u64, reply: Ticket<Pieces> },
+    /// Marks a region of the own process: its end will not be reported, its owner counts it and says `Left`.
+    Leave { region: u64, reply: Ticket<()> },
+    /// A region that was left is counted.
+    Left,
+    /// Tells the start of an area of the own process that overlaps a range.
+    Overlap { start: usize, end: usize, reply: Ticket<Option<usize>> },
+    /// Makes the space of a child that is about to be forked from `parent`, and counts its areas.
+    Fork { parent: SpaceId, child: Arc<SpaceCounters>, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
+    /// Gives a child's space its userfaultfd.
+    Adopt { space: SpaceId, uffd: Arc<Private<Userfault>>, reply: Ticket<Result<(), Errno>> },
+    /// Takes a space out.
+    Remove { space: SpaceId, reply: Ticket<Option<Space>> },
+    /// Exchanges the page list of a vmap in every space, wherever an older one is used.
+    SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
+    /// Answers when everything read so far is done.
+    Barrier { reply: Ticket<()> },
+    /// From now on every fault is answered by SIGBUS; the thread ends when no area is left.
+    Retire { reply: Ticket<()> },
+    /// Panics, to test what happens then.
+    #[cfg(test)]
+    Panic,
+}
+
+/// What the fault-handling thread tells the keeper.
+pub(crate) enum Post {
+    /// An area ended by an event, not by its owner's hand.
+    Closed(Area<Target>),
+    /// A space's process seems to be gone (ESRCH).
+    Gone(SpaceId),
+    /// The thread has ended: no area is left and none will come.
+    HandlerEnded,
+}
+
+/// Page-aligned memory that travels between the fault-handling thread and the workers.
+pub(crate) struct ReadBuffer(pub(crate) MmapMut);
+
+/// Pages to be read by a worker.
+pub(crate) struct ReadJob {
+    pub(crate) space: SpaceId,
+    pub(crate) vmap: u64,
+    pub(crate) generation: u64,
+    pub(crate) list: Kiobuf,
+    /// The pages to read, all of one extent.
+    pub(crate) pages: Range<u64>,
+    /// The address that faulted; its page is one of them.
+    pub(crate) addr: usize,
+    pub(crate) buffer: ReadBuffer,
+}
+
+impl ReadJob {
+    /// The fault that it is for.
+    pub(crate) fn fault(&self) -> Fault {
+        Fault { space: self.space, addr: self.addr, tid: 0, retries: 0, alone: false }
+    }
+}
+
+/// A finished [`ReadJob`].
+pub(crate) struct ReadDone {
+    pub(crate) job: ReadJob,
+    pub(crate) outcome: Result<(), Errno>,
+}

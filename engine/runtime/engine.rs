@@ -1,0 +1,399 @@
+//! The engine's handle: how it is built, watched and shut down.
+
+use std::os::fd::AsRawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::Receiver;
+
+use super::bell::Bell;
+use super::callbacks::Notice;
+use super::command::{Command, Post};
+use super::handler::{self, Handler, Parts};
+use super::keeper::{Keeper, Request};
+use super::stats::{Counters, SpaceCounters, SpaceStats, Stats, add};
+use super::threads::{self, Role};
+use super::{EngineShared, callbacks, keeper, workers};
+use crate::fork::ledger::Private;
+use crate::fork::link::Local;
+use crate::fork::{self, open_pidfd};
+use crate::kiobuf::Kiobuf;
+use crate::space::OWN_SPACE;
+use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
+use crate::vmap::registry::Registry;
+use crate::vmap::{Vmap, VmapBuilder};
+use crate::{Error, Result};
+
+/// The most pages that a fault may bring: one page table's worth.
+pub const FAULT_AROUND_MAX_PAGES: usize = 512;
+/// The most worker threads.
+pub const WORKERS_MAX: usize = 64;
+/// Commands that may wait at once.
+const COMMANDS: usize = 256;
+/// Read buffers for each worker: one that is read into and one that waits.
+const BUFFERS_PER_WORKER: usize = 2;
+
+/// Pages memory in for this process and the processes forked from it.
+///
+/// Each engine has a thread that answers page faults, one that keeps track of forked processes, one that runs
+/// callbacks, and workers that read from slow sources. Dropping it shuts it down with [`Shutdown::Poison`]; regions
+/// that outlive it keep their resident pages.
+///
+/// In a forked child the handle reaches the engine of the parent: regions, [`Vmap::attach`] and counts work there;
+/// what only the owner can do answers [`Error::NotOwner`].
+pub struct Engine {
+    shared: Arc<EngineShared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What becomes of pages that are not resident when an engine is shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Shutdown {
+    /// Later touches of them are SIGBUS.
+    Poison,
+    /// They are filled first, of every vmap with areas; those that can't be had are SIGBUS.
+    Fill,
+}
+
+/// Settings of an engine that is to be built ([`Engine::builder`]).
+#[derive(Debug, Clone)]
+pub struct EngineBuilder {
+    fault_around_pages: usize,
+    workers: usize,
+    handler_cpu: Option<usize>,
+    ways: Vec<OpenWay>,
+}
+
+impl Default for EngineBuilder {
+    fn default() -> Self {
+        EngineBuilder { fault_around_pages: 16, workers: 4, handler_cpu: None, ways: DEFAULT_WAYS.to_vec() }
+    }
+}
+
+impl EngineBuilder {
+    /// Sets how many pages one fault brings at the most, from 1 to [`FAULT_AROUND_MAX_PAGES`]; 16 unless set.
+    ///
+    /// The pages are an aligned block around the one that was touched, clipped to the region, to the extent of the
+    /// list and to the list.
+    #[must_use]
+    pub fn fault_around_pages(mut self, pages: usize) -> Self {
+        self.fault_around_pages = pages;
+        self
+    }
+
+    /// Sets how many threads read from slow sources, from 1 to [`WORKERS_MAX`]; 4 unless set.
+    #[must_use]
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    /// Pins the fault-handling thread to a processor. It is not pinned unless set.
+    ///
+    /// A fault is answered soonest when that is the processor on which the touching thread runs: waking an idle
+    /// processor can cost several times the whole fault.
+    #[must_use]
+    pub fn handler_cpu(mut self, cpu: usize) -> Self {
+        self.handler_cpu = Some(cpu);
+        self
+    }
+
+    /// Sets which ways to open a userfaultfd are tried, in which order; device, system call, user-mode-only unless
+    /// set.
+    #[must_use]
+    pub fn open_ways(mut self, ways: &[OpenWay]) -> Self {
+        self.ways = ways.to_vec();
+        self
+    }
+
+    fn validate(&self) -> Result<()> {
+        let invalid = |what, value: usize, rule| Err(Error::Invalid { what, value: value as u64, rule });
+        match self {
+            Self { fault_around_pages: pages, .. } if !(1..=FAULT_AROUND_MAX_PAGES).contains(pages) => {
+                invalid("fault_around_pages", *pages, "it must be from 1 to 512")
+            }
+            Self { workers, .. } if !(1..=WORKERS_MAX).contains(workers) => {
+                invalid("workers", *workers, "there must be from 1 to 64")
+            }
+            Self { handler_cpu: Some(cpu), .. } if *cpu >= nix::sched::CpuSet::count() => {
+                invalid("handler_cpu", *cpu, "it must be a processor of this machine")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Builds the engine and starts its threads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] when no userfaultfd can be had, with each attempt and its remedy, or when
+    /// the kernel lacks a feature that the engine can't do without (Linux 6.6 has them all); [`Error::Invalid`] for a setting out of range;
+    /// [`Error::Sys`] with `EMFILE`, `ENOMEM` or `EAGAIN` for want of descriptors, memory or threads. Nothing is
+    /// left behind then.
+    pub fn build(self) -> Result<Engine> {
+        static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
+        self.validate()?;
+        let opener = Opener::new(&self.ways);
+        let wanted = Features::EVENT_REMAP
+            | Features::EVENT_REMOVE
+            | Features::EVENT_UNMAP
+            | Features::MISSING_SHMEM
+            | Features::THREAD_ID
+            | Features::POISON;
+        let (uffd, way) = opened(&opener, wanted)?;
+        let uffd = Arc::new(uffd);
+        let (commands, command_inbox) = crossbeam_channel::bounded(COMMANDS);
+        let handler_bell = Arc::new(Bell::new().map_err(Error::sys("eventfd for the fault-handling thread"))?);
+        let (keeper_handle, keeper_inbox) = keeper::channel().map_err(Error::sys("eventfd for the keeper"))?;
+        let keeper_handle = Arc::new(keeper_handle);
+        let (notices, notice_inbox) = crossbeam_channel::unbounded();
+        let own = Arc::new(SpaceCounters {
+            id: OWN_SPACE,
+            pid: AtomicI32::new(nix::unistd::getpid().as_raw()),
+            ..SpaceCounters::default()
+        });
+        let shared = Arc::new(EngineShared {
+            id: NEXT_ENGINE.fetch_add(1, Ordering::Relaxed),
+            opener,
+            way,
+            features: wanted,
+            owner_pidfd: open_pidfd(nix::unistd::getpid().as_raw())?,
+            local: RwLock::new(Arc::new(Local::Owner { uffd: Arc::clone(&uffd) })),
+            child: AtomicBool::new(false),
+            handler: handler::handle(commands, command_inbox.clone(), Arc::clone(&handler_bell)),
+            keeper: Arc::clone(&keeper_handle),
+            notices: notices.clone(),
+            vmaps: Registry::default(),
+            counters: Counters::default(),
+            spaces: Mutex::new(vec![Arc::clone(&own)]),
+            next_space: AtomicU64::new(OWN_SPACE + 1),
+            next_region: AtomicU64::new(1),
+            next_vmap: AtomicU64::new(1),
+            retired: AtomicBool::new(false),
+        });
+        let read_buffers = self.workers * BUFFERS_PER_WORKER;
+        let (jobs, job_inbox) = crossbeam_channel::bounded(read_buffers);
+        let (done, done_inbox) = crossbeam_channel::bounded(read_buffers);
+        let worker_ids: workers::WorkerIds = (0..self.workers).map(|_| AtomicI32::new(-1)).collect();
+        let handler = Handler::new(Parts {
+            shared: Arc::clone(&shared),
+            commands: command_inbox,
+            bell: Arc::clone(&handler_bell),
+            keeper: Arc::clone(&keeper_handle),
+            uffd,
+            counters: own,
+            jobs,
+            done: done_inbox,
+            workers: Arc::clone(&worker_ids),
+            fault_around_pages: self.fault_around_pages,
+            read_buffers,
+        })?;
+        let keeper = Keeper::new(Arc::clone(&shared), keeper_inbox, notices.clone())?;
+        let engine = Engine { shared: Arc::clone(&shared), threads: Mutex::default() };
+        let started = self.start_threads(&engine, handler, keeper, notice_inbox, |index| {
+            let (shared, ids, bell) = (Arc::clone(&shared), Arc::clone(&worker_ids), Arc::clone(&handler_bell));
+            let (jobs, done) = (job_inbox.clone(), done.clone());
+            move || workers::run(&shared, index, &ids, &jobs, &done, &bell)
+        });
+        if let Err(error) = started {
+            // The fault-handling thread was to start last and did not: tell those that wait for it. The workers end
+            // because the sender of their jobs went with it.
+            shared.handler.close();
+            let _ = keeper_handle.try_post(Post::HandlerEnded);
+            let _ = notices.send(Notice::End);
+            drop(engine);
+            return Err(error);
+        }
+        fork::enter(&shared)?;
+        Ok(engine)
+    }
+}
+
+impl EngineBuilder {
+    /// Starts the threads, the fault-handling thread last. What does not start is dropped.
+    fn start_threads<W: FnOnce() + Send + 'static>(
+        &self,
+        engine: &Engine,
+        mut handler: Handler,
+        mut keeper: Keeper,
+        notices: Receiver<Notice>,
+        worker: impl Fn(usize) -> W,
+    ) -> Result<()> {
+        for index in 0..self.workers {
+            engine.start(Role::Worker, worker(index))?;
+        }
+        let shared = Arc::clone(&engine.shared);
+        engine.start(Role::Callback, move || callbacks::run(&shared, &notices))?;
+        engine.start(Role::Keeper, move || keeper.run())?;
+        let (shared, cpu) = (Arc::clone(&engine.shared), self.handler_cpu);
+        engine.start(Role::Fault, move || {
+            run_handler(&mut handler, cpu);
+            shared.handler.close();
+        })
+    }
+}
+
+fn opened(opener: &Opener, features: Features) -> Result<(Private<Userfault>, OpenWay)> {
+    let mut way = OpenWay::UserModeOnly;
+    let uffd = Private::open(|| {
+        opener.open(features).map(|(uffd, opened)| {
+            way = opened;
+            uffd
+        })
+    })?;
+    Ok((uffd, way))
+}
+
+/// The body of the fault-handling thread. A panic of it would be a bug of ours; it must not become zero pages or
+/// threads that sleep for ever, so the thread goes on and answers every fault by SIGBUS.
+fn run_handler(handler: &mut Handler, cpu: Option<usize>) {
+    if let Some(cpu) = cpu {
+        let mut set = nix::sched::CpuSet::new();
+        // Validated by the builder; a processor that is offline leaves the thread where it may run.
+        let _ = set.set(cpu).and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
+    }
+    while catch_unwind(AssertUnwindSafe(|| handler.run())).is_err() {
+        handler.retire();
+    }
+}
+
+impl Engine {
+    /// Builds an engine with the default settings.
+    ///
+    /// # Errors
+    ///
+    /// As [`EngineBuilder::build`].
+    pub fn new() -> Result<Engine> {
+        Engine::builder().build()
+    }
+
+    /// Begins to build an engine.
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder::default()
+    }
+
+    /// Publishes a page list as shared memory; see [`Engine::vmap_builder`] for callbacks and user data.
+    ///
+    /// # Errors
+    ///
+    /// As [`VmapBuilder::build`].
+    pub fn vmap(&self, kiobuf: &Kiobuf) -> Result<Vmap> {
+        self.vmap_builder(kiobuf).build()
+    }
+
+    /// Begins to publish a page list. The vmap takes a snapshot: later changes of `kiobuf` don't reach it.
+    pub fn vmap_builder(&self, kiobuf: &Kiobuf) -> VmapBuilder {
+        VmapBuilder::new(Arc::clone(&self.shared), kiobuf.clone())
+    }
+
+    /// Returns the way in which userfaultfds were opened: what faults can be served depends on it
+    /// ([`OpenWay::serves_kernel_faults`]).
+    pub fn open_way(&self) -> OpenWay {
+        self.shared.way
+    }
+
+    /// Returns the counters as they are now. In a forked child they are those of the moment of the fork.
+    pub fn stats(&self) -> Stats {
+        self.shared.counters.snapshot()
+    }
+
+    /// Returns the processes that are served, the engine's own first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`] in a forked child.
+    pub fn spaces(&self) -> Result<Vec<SpaceStats>> {
+        self.owner_only("listing spaces")?;
+        Ok(self.shared.spaces().iter().map(|counters| counters.snapshot()).collect())
+    }
+
+    /// Waits until every event that has happened by now is counted: unmaps by `munmap` itself, and the ends of
+    /// processes that the kernel has reported.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown.
+    pub fn settle(&self) -> Result<()> {
+        self.owner_only("settling counts")?;
+        self.shared.handler.ask(|reply| Command::Barrier { reply })?;
+        super::call::call(|reply| self.shared.keeper.send(Request::Settle { reply })).ok_or(Error::Shutdown)
+    }
+
+    /// Shuts the engine down: every attach from now on is refused, every fault that waits is answered.
+    ///
+    /// Resident pages stay readable and writable in every process, and regions stay attached until they are dropped;
+    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted.
+    /// Deref callbacks that became due run before this returns, unless it is called from one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] when it was shut down before.
+    pub fn shutdown(&self, how: Shutdown) -> Result<()> {
+        self.owner_only("a shutdown")?;
+        if self.shared.retired.swap(true, Ordering::AcqRel) {
+            return Err(Error::Shutdown);
+        }
+        if how == Shutdown::Fill {
+            for vmap in self.shared.vmaps.all() {
+                if vmap.refcount() > 0 {
+                    crate::vmap::fill_all(&self.shared, &vmap);
+                }
+            }
+        }
+        // From here on the fault-handling thread only guards, as long as a region is left; then it ends.
+        let _ = self.shared.handler.ask(|reply| Command::Retire { reply });
+        super::call::call(|reply| self.shared.keeper.send(Request::DropPeers { reply }));
+        // The thread looks whether it is done after each command.
+        let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
+        let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        if own_areas == 0 && threads::current_role(self.shared.id).is_none() {
+            for thread in threads {
+                // A panic of a thread was caught and counted inside.
+                let _ = thread.join();
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared_for_tests(&self) -> &Arc<EngineShared> {
+        &self.shared
+    }
+
+    fn owner_only(&self, what: &'static str) -> Result<()> {
+        if self.shared.is_child() { Err(Error::NotOwner { what }) } else { Ok(()) }
+    }
+
+    fn start(&self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let guarded = move || {
+            if catch_unwind(AssertUnwindSafe(body)).is_err() {
+                add(&shared.counters.panics, 1);
+            }
+        };
+        let thread = threads::spawn(role, self.shared.id, guarded)?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // In a forked child, or after a shutdown, there is nothing to do.
+        let _ = self.shutdown(Shutdown::Poison);
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("open_way", &self.shared.way)
+            .field("owner_pidfd", &self.shared.owner_pidfd.as_raw_fd())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,570 @@
+//! The fault-handling thread: reads userfaultfds, applies events, answers faults.
+//!
+//! It is the only reader of each userfaultfd and the only writer of each area table. Between reading a fault and
+//! waking the thread that touched, it allocates nothing, takes no lock and logs nothing: another thread may hold the
+//! allocator's lock, or any other, while it waits for this one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam_channel::{Receiver, Sender};
+use memmap2::MmapMut;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::EngineShared;
+use super::bell::Bell;
+use super::command::{Command, Forked, Pieces, Post, ReadBuffer, ReadDone, ReadJob};
+use super::keeper::KeeperHandle;
+use super::resolve::{Answer, Fault, Resolver};
+use super::stats::{SpaceCounters, add};
+use super::workers::WorkerIds;
+use crate::fork::ledger::Private;
+use crate::page::{page_floor, page_size};
+use crate::space::mmap_vec::MmapVec;
+use crate::space::table::{Area, AreaTable, Change, InsertError};
+use crate::space::{AreaRecord, OWN_SPACE, Space, SpaceId, Target};
+use crate::sys::{FaultKind, Message, MsgBuffer, Userfault};
+use crate::{Error, Result};
+
+/// Messages read by one system call.
+const MESSAGES_PER_READ: usize = 64;
+/// Faults held at once; a thread whose fault finds no place is woken and faults again.
+const FAULTS_HELD: usize = 1024;
+/// Retries of parked faults without a pause; afterwards the pause doubles from 1 ms to [`LONGEST_PAUSE_MS`].
+const EAGER_RETRIES: u32 = 8;
+const LONGEST_PAUSE_MS: u16 = 8;
+/// The bell's token in epoll; spaces use their ids.
+const BELL_TOKEN: u64 = u64::MAX;
+
+/// Everything that the thread works with; made before it starts, so that it allocates nothing.
+pub(crate) struct Handler {
+    shared: Arc<EngineShared>,
+    keeper: Arc<KeeperHandle>,
+    spaces: MmapVec<Space>,
+    epoll: Private<EpollFd>,
+    bell: Arc<Bell>,
+    commands: Receiver<Command>,
+    messages: MsgBuffer,
+    /// Faults read and not answered yet.
+    pending: MmapVec<Fault>,
+    /// Faults to be tried again: the address space is changing, or a resource is not free.
+    parked: MmapVec<Fault>,
+    /// Posts that found the keeper's channel full.
+    unsent: MmapVec<Post>,
+    resolver: Resolver,
+    done: Receiver<ReadDone>,
+    retired: bool,
+    /// Regions of the own process that are being dropped.
+    leavers: usize,
+    idle_rounds: u32,
+}
+
+/// An epoll instance, as something with a descriptor number.
+pub(crate) struct EpollFd(pub(crate) Epoll);
+
+impl std::os::fd::AsRawFd for EpollFd {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        use std::os::fd::AsFd;
+        self.0.0.as_fd().as_raw_fd()
+    }
+}
+
+impl EpollFd {
+    pub(crate) fn open() -> std::result::Result<Private<EpollFd>, Errno> {
+        Private::open(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map(EpollFd))
+    }
+}
+
+/// How other threads reach the fault-handling thread.
+pub(crate) struct HandlerHandle {
+    commands: Sender<Command>,
+    /// To drop what nobody will obey any more.
+    unheard: Receiver<Command>,
+    bell: Arc<Bell>,
+    closed: AtomicBool,
+}
+
+impl HandlerHandle {
+    /// Sends a command; when the thread has ended the command is dropped, and its ticket tells the asker.
+    pub(crate) fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            self.bell.ring();
+        }
+        // A command that was sent after the thread took its last look would lie there for ever. Either this finds
+        // the flag, or the command was there when `close` drained.
+        if self.closed.load(Ordering::SeqCst) {
+            self.drop_unheard();
+        }
+    }
+
+    /// Called when the thread has ended: whoever waits for an answer is told.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.drop_unheard();
+    }
+
+    fn drop_unheard(&self) {
+        self.unheard.try_iter().for_each(drop);
+    }
+
+    /// Asks and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shutdown`] when the thread has ended.
+    pub(crate) fn ask<R: Send>(&self, command: impl FnOnce(super::call::Ticket<R>) -> Command) -> Result<R> {
+        super::call::call(|ticket| self.send(command(ticket))).ok_or(Error::Shutdown)
+    }
+}
+
+/// What the handler needs of its surroundings.
+pub(crate) struct Parts {
+    pub(crate) shared: Arc<EngineShared>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) bell: Arc<Bell>,
+    pub(crate) keeper: Arc<KeeperHandle>,
+    pub(crate) uffd: Arc<Private<Userfault>>,
+    pub(crate) counters: Arc<SpaceCounters>,
+    pub(crate) jobs: Sender<ReadJob>,
+    pub(crate) done: Receiver<ReadDone>,
+    pub(crate) workers: WorkerIds,
+    pub(crate) fault_around_pages: usize,
+    pub(crate) read_buffers: usize,
+}
+
+/// Makes the sending side of the handler's commands.
+pub(crate) fn handle(commands: Sender<Command>, unheard: Receiver<Command>, bell: Arc<Bell>) -> HandlerHandle {
+    HandlerHandle { commands, unheard, bell, closed: AtomicBool::new(false) }
+}
+
+impl Handler {
+    pub(crate) fn new(parts: Parts) -> Result<Handler> {
+        let no_memory = Error::sys("mmap for the fault-handling thread");
+        let epoll = EpollFd::open().map_err(Error::sys("epoll_create1 for the fault-handling thread"))?;
+        let readable = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
+        epoll.0.add(&*parts.bell, readable(BELL_TOKEN)).map_err(Error::sys("epoll_ctl for the command bell"))?;
+        epoll.0.add(&**parts.uffd, readable(OWN_SPACE)).map_err(Error::sys("epoll_ctl for a userfaultfd"))?;
+        let window_bytes = parts.fault_around_pages * page_size();
+        let anonymous = |bytes| MmapMut::map_anon(bytes).map_err(Error::io("mmap of a read buffer"));
+        let mut buffers = MmapVec::new();
+        buffers.try_reserve(parts.read_buffers).map_err(&no_memory)?;
+        for _ in 0..parts.read_buffers {
+            buffers.try_push(ReadBuffer(anonymous(window_bytes)?)).map_err(|(_, errno)| no_memory(errno))?;
+        }
+        let mut spaces = MmapVec::new();
+        let own = Space { id: OWN_SPACE, uffd: Some(parts.uffd), table: AreaTable::new(), counters: parts.counters };
+        spaces.try_push(own).map_err(|(_, errno)| no_memory(errno))?;
+        let held = || -> Result<MmapVec<Fault>> {
+            let mut faults = MmapVec::new();
+            faults.try_reserve(FAULTS_HELD).map_err(&no_memory)?;
+            Ok(faults)
+        };
+        Ok(Handler {
+            resolver: Resolver::new(
+                Arc::clone(&parts.shared),
+                anonymous(window_bytes)?,
+                buffers,
+                parts.jobs,
+                parts.workers,
+                parts.fault_around_pages,
+                parts.read_buffers,
+            )
+            .map_err(&no_memory)?,
+            pending: held()?,
+            parked: held()?,
+            shared: parts.shared,
+            keeper: parts.keeper,
+            spaces,
+            epoll,
+            bell: parts.bell,
+            commands: parts.commands,
+            messages: MsgBuffer::new(MESSAGES_PER_READ),
+            unsent: MmapVec::new(),
+            done: parts.done,
+            retired: false,
+            leavers: 0,
+            idle_rounds: 0,
+        })
+    }
+
+    /// Serves until retired and empty.
+    pub(crate) fn run(&mut self) {
+        let mut ready = [EpollEvent::empty(); 32];
+        loop {
+            // EINTR can't come, as the thread blocks every signal, but a debugger may stop it: wait again.
+            let pause = self.pause();
+            let woken = self.epoll.0.wait(&mut ready, pause).unwrap_or(0);
+            let mut rung = false;
+            for event in &ready[..woken] {
+                match event.data() {
+                    BELL_TOKEN => rung = true,
+                    space => self.read_space(space),
+                }
+            }
+            // Events were applied while reading; only now are faults answered, by the table as it is.
+            self.answer_pending();
+            if rung {
+                self.bell.hear();
+                self.install_finished_reads();
+            }
+            self.retry_parked();
+            self.flush_unsent();
+            // Commands come last: a barrier then stands behind everything that was read before it.
+            if rung {
+                self.obey_commands();
+            }
+            if self.retired && self.is_finished() {
+                return;
+            }
+        }
+    }
+
+    /// Continues after a panic: every fault is answered by SIGBUS from now on.
+    pub(crate) fn retire(&mut self) {
+        self.retired = true;
+    }
+
+    /// How long to wait for news: for ever, unless something is to be tried again.
+    fn pause(&mut self) -> EpollTimeout {
+        if self.parked.is_empty() && self.unsent.is_empty() {
+            self.idle_rounds = 0;
+            return EpollTimeout::NONE;
+        }
+        self.idle_rounds = self.idle_rounds.saturating_add(1);
+        if self.idle_rounds <= EAGER_RETRIES {
+            // The thread whose event was read needs the processor to finish its change.
+            std::thread::yield_now();
+            return EpollTimeout::ZERO;
+        }
+        let doublings = (self.idle_rounds - EAGER_RETRIES - 1).min(3);
+        EpollTimeout::from((1u16 << doublings).min(LONGEST_PAUSE_MS))
+    }
+
+    fn index_of(&self, space: SpaceId) -> Option<usize> {
+        self.spaces.binary_search_by_key(&space, |space| space.id).ok()
+    }
+
+    /// Reads what a space has to say: applies events at once, holds faults back.
+    fn read_space(&mut self, id: SpaceId) {
+        let Some(index) = self.index_of(id) else { return };
+        loop {
+            // Each message may split an area. Without room for that, its event must not be read: the thread that
+            // unmaps then waits, and nothing is lost.
+            let room = self.spaces[index].table.try_reserve(4 * MESSAGES_PER_READ).is_ok()
+                && self.unsent.try_reserve(4 * MESSAGES_PER_READ).is_ok();
+            if !room || self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
+                return;
+            }
+            let Handler { spaces, messages, pending, unsent, shared, .. } = self;
+            let space = &mut spaces[index];
+            let Some(uffd) = space.uffd.clone() else { return };
+            let read = uffd.read(messages, |message| match message {
+                Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
+                    add(&shared.counters.faults, 1);
+                    add(&shared.counters.write_faults, write.into());
+                    space.counters.faults.fetch_add(1, Ordering::Relaxed);
+                    let fault = Fault { space: id, addr: page_floor(addr), tid, retries: 0, alone: false };
+                    if !pending.iter().any(|held| held.space == id && held.addr == fault.addr) {
+                        // There is room: checked above.
+                        let _ = pending.try_push(fault);
+                    }
+                }
+                event => apply_event(shared, space, &uffd, event, unsent),
+            });
+            match read {
+                Ok(0) | Err(_) => return,
+                Ok(n) => {
+                    add(&self.shared.counters.reads, 1);
+                    if n < MESSAGES_PER_READ {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn answer_pending(&mut self) {
+        // Answered in the order of reading.
+        for index in 0..self.pending.len() {
+            let fault = self.pending[index];
+            self.answer(fault);
+        }
+        self.pending.clear();
+    }
+
+    fn answer(&mut self, fault: Fault) {
+        let Some(index) = self.index_of(fault.space) else { return };
+        let space = &self.spaces[index];
+        let answer = if self.retired {
+            self.resolver.poison_in(space, fault.addr)
+        } else {
+            self.resolver.resolve(space, &fault)
+        };
+        self.follow(fault, answer);
+    }
+
+    /// Does what an answer asks for.
+    fn follow(&mut self, fault: Fault, answer: Answer) {
+        match answer {
+            Answer::Done => {}
+            Answer::Later => {
+                add(&self.shared.counters.parked, 1);
+                let retries = fault.retries.saturating_add(1);
+                if let Some(held) = self.parked.iter_mut().find(|f| f.space == fault.space && f.addr == fault.addr) {
+                    held.retries = held.retries.max(retries);
+                } else if self.parked.len() < FAULTS_HELD {
+                    // Reserved at the start.
+                    let _ = self.parked.try_push(Fault { retries, ..fault });
+                } else if let Some(index) = self.index_of(fault.space) {
+                    // No place to hold it: the thread faults again, and its new message waits in the kernel.
+                    if let Some(uffd) = &self.spaces[index].uffd {
+                        self.resolver.wake(uffd, fault.addr);
+                    }
+                }
+            }
+            Answer::Gone => self.post(Post::Gone(fault.space)),
+        }
+    }
+
+    fn retry_parked(&mut self) {
+        for _ in 0..self.parked.len() {
+            // From the front; what has to wait again goes to the back.
+            let fault = self.parked.remove(0);
+            self.answer(fault);
+        }
+    }
+
+    fn install_finished_reads(&mut self) {
+        while let Ok(ReadDone { job, outcome }) = self.done.try_recv() {
+            match self.index_of(job.space) {
+                Some(index) if !self.retired => {
+                    let (fault, answer) = self.resolver.finish_read(&self.spaces[index], job, outcome);
+                    self.follow(fault, answer);
+                }
+                _ => {
+                    let fault = job.fault();
+                    self.resolver.discard(job);
+                    self.answer(fault);
+                }
+            }
+        }
+    }
+
+    fn post(&mut self, post: Post) {
+        // The keeper drains its channel as long as this thread lives; a full one is tried again.
+        if let Err(post) = self.keeper.try_post(post)
+            && self.unsent.try_push(post).is_err()
+        {
+            // Only a repeatable post comes here without room reserved: the next fault of that space repeats it.
+        }
+    }
+
+    fn flush_unsent(&mut self) {
+        while !self.unsent.is_empty() {
+            let post = self.unsent.remove(0);
+            if let Err(post) = self.keeper.try_post(post) {
+                // Room is there: one was just taken out.
+                let _ = self.unsent.try_insert(0, post);
+                return;
+            }
+        }
+    }
+
+    fn obey_commands(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command);
+        }
+    }
+
+    /// Tells whether nothing is left to guard or to report; the keeper then knows.
+    fn is_finished(&mut self) -> bool {
+        self.leavers == 0
+            && self.spaces.iter().all(|space| space.table.is_empty())
+            && self.unsent.is_empty()
+            && self.keeper.try_post(Post::HandlerEnded).is_ok()
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Insert { space, area, reply } => reply.answer(self.insert(space, area)),
+            Command::Pieces { space, region, reply } => {
+                let mut pieces = Pieces::default();
+                if let Some(index) = self.index_of(space) {
+                    for area in self.spaces[index].table.pieces_of(region) {
+                        pieces.push(area.start, area.end);
+                    }
+                }
+                reply.answer(pieces);
+            }
+            Command::Leave { region, reply } => {
+                self.leavers += 1;
+                if let Some(index) = self.index_of(OWN_SPACE) {
+                    self.spaces[index].table.mark_leaving(region);
+                }
+                reply.answer(());
+            }
+            Command::Left => self.leavers -= 1,
+            Command::Overlap { start, end, reply } => {
+                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index].table);
+                let hit = own.and_then(|table| table.iter().find(|area| area.start < end && start < area.end));
+                reply.answer(hit.map(|area| area.start.max(start)));
+            }
+            Command::Fork { parent, child, mut records, reply } => {
+                let outcome = self.fork(parent, child, &mut records);
+                reply.answer(Forked { records, outcome });
+            }
+            Command::Adopt { space, uffd, reply } => {
+                let outcome = match self.index_of(space) {
+                    Some(index) => {
+                        let added = self.epoll.0.add(&**uffd, EpollEvent::new(EpollFlags::EPOLLIN, space));
+                        if added.is_ok() {
+                            self.spaces[index].uffd = Some(uffd);
+                        }
+                        added
+                    }
+                    None => Err(Errno::ESRCH),
+                };
+                reply.answer(outcome);
+            }
+            Command::Remove { space, reply } => reply.answer(self.remove(space)),
+            Command::SetList { vmap, contents, reply } => {
+                let targets =
+                    self.spaces.iter_mut().flat_map(|space| space.table.iter_mut()).map(|area| &mut area.target);
+                for target in targets.filter(|target| target.vmap.id == vmap) {
+                    if target.generation < contents.generation {
+                        // The asker keeps both lists alive until it is answered: nothing is freed here.
+                        target.list = contents.list.clone();
+                        target.generation = contents.generation;
+                    }
+                }
+                drop(contents);
+                reply.answer(());
+            }
+            Command::Barrier { reply } => reply.answer(()),
+            Command::Retire { reply } => {
+                self.retired = true;
+                reply.answer(());
+            }
+            #[cfg(test)]
+            Command::Panic => panic!("asked to"),
+        }
+    }
+
+    fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), InsertError<Target>> {
+        match self.index_of(space) {
+            Some(index) if !self.retired => {
+                let space = &mut self.spaces[index];
+                space.table.insert(area)?;
+                space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(InsertError::NoMemory(area, Errno::ESHUTDOWN)),
+        }
+    }
+
+    /// Makes the space of a child: every area that it inherits, counted from now on.
+    fn fork(
+        &mut self,
+        parent: SpaceId,
+        child: Arc<SpaceCounters>,
+        records: &mut MmapVec<AreaRecord>,
+    ) -> std::result::Result<(), Errno> {
+        let index = self.index_of(parent).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
+        let mut table = AreaTable::new();
+        self.spaces.try_reserve(1)?;
+        let parent = &self.spaces[index];
+        let inherited = || parent.table.iter().filter(|area| area.target.inherit && !area.leaving);
+        let nr_areas = inherited().count();
+        records.try_reserve(nr_areas)?;
+        table.try_reserve(nr_areas)?;
+        for area in inherited() {
+            records.try_push(AreaRecord::of(area)).map_err(|(_, errno)| errno)?;
+            table.insert(area.clone()).map_err(|_| Errno::ENOMEM)?;
+        }
+        for area in table.iter() {
+            area.target.vmap.open_again();
+        }
+        child.areas.store(nr_areas as u64, Ordering::Relaxed);
+        let space = Space { id: child.id, uffd: None, table, counters: child };
+        let at = self.spaces.partition_point(|other| other.id < space.id);
+        self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
+    }
+
+    fn remove(&mut self, space: SpaceId) -> Option<Space> {
+        let index = self.index_of(space)?;
+        let removed = self.spaces.remove(index);
+        if let Some(uffd) = &removed.uffd {
+            let _ = self.epoll.0.delete(&***uffd);
+        }
+        for faults in [&mut self.pending, &mut self.parked] {
+            faults.drain_where(|fault| fault.space == space, drop);
+        }
+        Some(removed)
+    }
+}
+
+/// Applies an event of the kernel to a space's table, and tells the keeper what ended.
+fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event: Message, unsent: &mut MmapVec<Post>) {
+    add(&shared.counters.events, 1);
+    let change = |change: Change<Target>| match change {
+        Change::Split(target) => target.vmap.open_again(),
+        // Its owner holds what it refers to, and counts it.
+        Change::Closed(area) if area.leaving => {}
+        // Room was reserved before the event was read; sent after the batch, in order.
+        Change::Closed(area) => {
+            let _ = unsent.try_push(Post::Closed(area));
+        }
+    };
+    // Room for the splits was reserved too, so the table can't refuse.
+    match event {
+        Message::Unmap { start, end } => {
+            let _ = space.table.unmap(start, end, change);
+            // A thread that waits for a page of a range that is gone sleeps until it is woken; then it gets SIGSEGV.
+            let _ = uffd.wake(start, end - start);
+            add(&shared.counters.wakes, 1);
+        }
+        Message::Remap { from, to, len } => {
+            let _ = space.table.remap(from, to, len, change);
+            let _ = uffd.wake(from, len);
+            add(&shared.counters.wakes, 1);
+        }
+        // The pages are gone, or only their mappings; the next touch asks the list again.
+        Message::Remove { .. } => {}
+        // Not asked for: spaces are registered for missing pages, without fork events. Its descriptor is closed here.
+        Message::Fork(_) | Message::Fault { .. } => {}
+    }
+    space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::runtime::command::Command;
+    use crate::{AttachOptions, Engine, Kiobuf, Shutdown};
+
+    /// T74: a panic of the fault-handling thread is a bug, and must be neither a zero page nor a hang: what was
+    /// resident stays, a region can still be dropped and is counted, and the engine still shuts down.
+    #[test]
+    fn a_panicked_handler_goes_on_as_a_guard() {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; 3 * crate::page_size()]).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let mut byte = [0];
+        region.read_at(0, &mut byte).unwrap();
+        engine.shared_for_tests().handler.send(Command::Panic);
+        let refused = vmap.attach(&AttachOptions::new()).unwrap_err();
+        assert_eq!(refused.errno(), nix::errno::Errno::ESHUTDOWN);
+        region.read_at(1, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+        // A missing page is SIGBUS now; a system call sees the same as EFAULT, which this process survives.
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        // SAFETY: the bytes are only read by the kernel, which answers EFAULT where it can't.
+        let page = unsafe { std::slice::from_raw_parts(region.as_ptr().add(crate::page_size()), 1) };
+        assert_eq!(nix::unistd::write(&write_end, page), Err(nix::errno::Errno::EFAULT));
+        drop((read_end, region));
+        assert_eq!(vmap.refcount().unwrap(), 0);
+        engine.shutdown(Shutdown::Poison).unwrap();
+    }
+}

@@ -1,0 +1,400 @@
+//! The keeper: knows the forked processes, answers their requests, and counts down when they end.
+//!
+//! It may allocate, lock and wait for the fault-handling thread; it never waits for a process, a source or a callback.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::{Receiver, Sender};
+use nix::errno::Errno;
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+
+use super::EngineShared;
+use super::bell::Bell;
+use super::call::Ticket;
+use super::callbacks::Notice;
+use super::command::{Command, Post};
+use super::handler::EpollFd;
+use super::stats::{SpaceCounters, add};
+use crate::fork::ledger::{self, Private};
+use crate::fork::wire::{self, Ask, Reply};
+use crate::fork::{fork_space, write_records};
+use crate::page::{is_aligned, page_size};
+use crate::space::table::{Area, InsertError};
+use crate::space::{AreaRecord, SpaceId, Target};
+use crate::sys::{Liveness, Userfault};
+use crate::vmap::core::{Contents, Opened, VmapCore};
+use crate::{Error, Result};
+
+const BELL_TOKEN: u64 = u64::MAX;
+/// A child that closed its lifeline itself is looked at this often: nothing tells when it execs.
+const ORPHAN_LOOK_MS: u16 = 100;
+
+/// What other threads of the engine's process ask of the keeper.
+pub(crate) enum Request {
+    /// A child is about to be forked; this is the engine's end of its lifeline.
+    Nascent { counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd> },
+    /// A deref callback has run: attaches that waited for it may go on.
+    RetryDeferred,
+    /// Answers when every post before it is counted.
+    Settle { reply: Ticket<()> },
+    /// Lets go of every child: their guards take over.
+    DropPeers { reply: Ticket<()> },
+}
+
+/// How other threads reach the keeper.
+pub(crate) struct KeeperHandle {
+    requests: Sender<Request>,
+    posts: Sender<Post>,
+    bell: Arc<Bell>,
+}
+
+/// The receiving side.
+pub(crate) struct Inbox {
+    requests: Receiver<Request>,
+    posts: Receiver<Post>,
+    bell: Arc<Bell>,
+}
+
+/// Posts that may wait at once; more wait in the fault-handling thread.
+const POSTS: usize = 1024;
+
+pub(crate) fn channel() -> std::result::Result<(KeeperHandle, Inbox), Errno> {
+    let bell = Arc::new(Bell::new()?);
+    // Unbounded: a fork handler sends to it while it holds what the keeper may be waiting for.
+    let (requests, request_inbox) = crossbeam_channel::unbounded();
+    let (posts, post_inbox) = crossbeam_channel::bounded(POSTS);
+    let handle = KeeperHandle { requests, posts, bell: Arc::clone(&bell) };
+    Ok((handle, Inbox { requests: request_inbox, posts: post_inbox, bell }))
+}
+
+impl KeeperHandle {
+    /// Sends a request; when the keeper has ended it is dropped, and its ticket tells the asker.
+    pub(crate) fn send(&self, request: Request) {
+        if self.requests.send(request).is_ok() {
+            self.bell.ring();
+        }
+    }
+
+    /// From the fault-handling thread: neither waits nor allocates; gives the post back when it does not fit.
+    pub(crate) fn try_post(&self, post: Post) -> std::result::Result<(), Post> {
+        self.posts.try_send(post).map_err(crossbeam_channel::TrySendError::into_inner)?;
+        self.bell.ring();
+        Ok(())
+    }
+}
+
+/// A forked process.
+struct Peer {
+    counters: Arc<SpaceCounters>,
+    /// `None` when the child closed it itself but lives.
+    lifeline: Option<Private<OwnedFd>>,
+    /// From its greeting.
+    introduced: Option<Introduced>,
+}
+
+struct Introduced {
+    uffd: Arc<Private<Userfault>>,
+    /// Held for its epoll registration.
+    _pidfd: Private<OwnedFd>,
+}
+
+/// The keeper's state.
+pub(crate) struct Keeper {
+    shared: Arc<EngineShared>,
+    inbox: Inbox,
+    notices: Sender<Notice>,
+    epoll: Private<EpollFd>,
+    peers: HashMap<SpaceId, Peer>,
+    /// Attaches of children that wait for a callback.
+    deferred: Vec<(SpaceId, AreaRecord)>,
+    ended: bool,
+}
+
+fn lifeline_token(space: SpaceId) -> u64 {
+    space * 2
+}
+
+fn pidfd_token(space: SpaceId) -> u64 {
+    space * 2 + 1
+}
+
+impl Keeper {
+    pub(crate) fn new(shared: Arc<EngineShared>, inbox: Inbox, notices: Sender<Notice>) -> Result<Keeper> {
+        let epoll = EpollFd::open().map_err(Error::sys("epoll_create1 for the keeper"))?;
+        epoll
+            .0
+            .add(&*inbox.bell, EpollEvent::new(EpollFlags::EPOLLIN, BELL_TOKEN))
+            .map_err(Error::sys("epoll_ctl for the keeper's bell"))?;
+        Ok(Keeper { shared, inbox, notices, epoll, peers: HashMap::new(), deferred: Vec::new(), ended: false })
+    }
+
+    /// Keeps until the fault-handling thread has ended.
+    pub(crate) fn run(&mut self) {
+        let mut ready = [EpollEvent::empty(); 32];
+        while !self.ended {
+            let orphans = self.peers.values().any(|peer| peer.lifeline.is_none());
+            let pause = if orphans { EpollTimeout::from(ORPHAN_LOOK_MS) } else { EpollTimeout::NONE };
+            let woken = self.epoll.0.wait(&mut ready, pause).unwrap_or(0);
+            for event in &ready[..woken] {
+                match event.data() {
+                    BELL_TOKEN => {
+                        self.inbox.bell.hear();
+                        self.count_posts();
+                        self.obey_requests();
+                    }
+                    token if token % 2 == 0 => self.listen(token / 2),
+                    token => self.look_after(token / 2),
+                }
+            }
+            if woken == 0 && orphans {
+                let orphans: Vec<_> =
+                    self.peers.iter().filter(|(_, peer)| peer.lifeline.is_none()).map(|(&space, _)| space).collect();
+                orphans.into_iter().for_each(|space| self.look_after(space));
+            }
+        }
+        let _ = self.notices.send(Notice::End);
+    }
+
+    /// Counts what the fault-handling thread saw end.
+    fn count_posts(&mut self) {
+        while let Ok(post) = self.inbox.posts.try_recv() {
+            match post {
+                Post::Closed(area) => area.target.vmap.close(1),
+                Post::Gone(space) => self.look_after(space),
+                Post::HandlerEnded => self.ended = true,
+            }
+        }
+    }
+
+    fn obey_requests(&mut self) {
+        while let Ok(request) = self.inbox.requests.try_recv() {
+            match request {
+                Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
+                Request::RetryDeferred => self.retry_deferred(),
+                Request::Settle { reply } => {
+                    self.count_posts();
+                    reply.answer(());
+                }
+                Request::DropPeers { reply } => {
+                    let spaces: Vec<_> = self.peers.keys().copied().collect();
+                    spaces.into_iter().for_each(|space| self.part_with(space));
+                    reply.answer(());
+                }
+            }
+        }
+    }
+
+    /// Takes a child-to-be in.
+    fn admit(&mut self, counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd>) {
+        let space = counters.id;
+        let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
+        self.shared.spaces_push(Arc::clone(&counters));
+        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), introduced: None });
+        if watched.is_err() {
+            // Without being watched its end would never be noticed: let it go now; its guard takes over.
+            self.part_with(space);
+        }
+    }
+
+    /// Reads what a child says, to the end.
+    fn listen(&mut self, space: SpaceId) {
+        loop {
+            let Some(Peer { lifeline: Some(lifeline), .. }) = self.peers.get(&space) else { return };
+            // Received under the ledger's lock, so that no child is forked while a new descriptor isn't entered.
+            let mut ledger = ledger::lock();
+            let received = wire::receive_ask(lifeline.as_fd())
+                .map(|message| message.map(|(ask, fds)| (ask, fds.into_iter().map(|fd| ledger.adopt(fd)).collect())));
+            drop(ledger);
+            match received {
+                Ok(Some((ask, descriptors))) => self.serve(space, ask, descriptors),
+                Ok(None) => return self.hung_up(space),
+                Err(Errno::EAGAIN) => return,
+                // Not our protocol: no such child of ours. Its guard answers its faults from now on.
+                Err(_) => return self.part_with(space),
+            }
+        }
+    }
+
+    fn serve(&mut self, space: SpaceId, ask: Ask, descriptors: Vec<Private<OwnedFd>>) {
+        let reply = match ask {
+            Ask::Hello { pid, errno } => return self.introduce(space, pid, errno, descriptors),
+            Ask::Attach(record) => match self.attach(space, &record) {
+                Ok(Some(first)) => Ok((Reply::Attached { first }, None)),
+                Ok(None) => {
+                    self.deferred.push((space, record));
+                    return;
+                }
+                Err(error) => Err(error),
+            },
+            Ask::Pieces { region } => self
+                .shared
+                .handler
+                .ask(|reply| Command::Pieces { space, region, reply })
+                .map(|pieces| (Reply::Pieces(pieces), None)),
+            Ask::Sync => self.shared.handler.ask(|reply| Command::Barrier { reply }).map(|()| {
+                self.count_posts();
+                (Reply::Done, None)
+            }),
+            Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
+                Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
+                None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
+            },
+            Ask::Fork => self.fork(space, descriptors).map(|memfd| (Reply::Forked, Some(memfd))),
+        };
+        let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
+        self.reply(space, reply, descriptor.as_ref());
+    }
+
+    fn reply(&mut self, space: SpaceId, reply: Reply, descriptor: Option<&OwnedFd>) {
+        let Some(Peer { lifeline: Some(lifeline), .. }) = self.peers.get(&space) else { return };
+        let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
+        if let Err(Errno::EAGAIN) = wire::send_reply(lifeline.as_fd(), reply, &descriptors) {
+            // It asks and does not listen. Nobody waits for that.
+            self.part_with(space);
+        }
+        // Any other error is its hang-up, which epoll reports.
+    }
+
+    /// Takes a child's greeting: from here on its faults are answered.
+    fn introduce(&mut self, space: SpaceId, pid: i32, errno: i32, descriptors: Vec<Private<OwnedFd>>) {
+        let Some(peer) = self.peers.get_mut(&space) else { return };
+        peer.counters.pid.store(pid, Ordering::Relaxed);
+        let mut descriptors = descriptors.into_iter();
+        let (Some(uffd), Some(pidfd), 0) = (descriptors.next(), descriptors.next(), errno) else {
+            // The child could not map its areas: it has none.
+            return self.part_with(space);
+        };
+        let uffd = Arc::new(uffd.map(Userfault::from));
+        let handed_over = uffd.set_nonblocking_cloexec().and_then(|()| {
+            let uffd = Arc::clone(&uffd);
+            self.epoll.0.add(&*pidfd, EpollEvent::new(EpollFlags::EPOLLIN, pidfd_token(space)))?;
+            let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, reply });
+            adopted.unwrap_or(Err(Errno::ESHUTDOWN))
+        });
+        match handed_over {
+            Ok(()) => peer.introduced = Some(Introduced { uffd, _pidfd: pidfd }),
+            Err(_) => self.part_with(space),
+        }
+    }
+
+    /// Attaches an area that a child has mapped; `None` when a callback must run before.
+    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<bool>> {
+        let (start, len) = (record.start as usize, record.len as usize);
+        let end = start.checked_add(len).filter(|_| len > 0 && is_aligned(start) && is_aligned(len));
+        let last = record.pgoff.checked_add((len / page_size()) as u64);
+        let (Some(end), Some(_)) = (end, last) else {
+            return Err(Error::Invalid { what: "an area's range", value: record.start, rule: "whole pages" });
+        };
+        let vmap = self.shared.vmaps.find(record.vmap);
+        let vmap = vmap.ok_or(Error::Invalid { what: "a vmap's id", value: record.vmap, rule: "it must exist" })?;
+        let Opened::Counted { first } = vmap.try_open(false, false)? else { return Ok(None) };
+        let inherit = record.flags & AreaRecord::INHERIT != 0;
+        let area =
+            NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
+        match insert(&self.shared, space, &vmap, area) {
+            Ok(()) => Ok(Some(first)),
+            Err(error) => {
+                vmap.take_back(first);
+                Err(error)
+            }
+        }
+    }
+
+    fn retry_deferred(&mut self) {
+        for (space, record) in std::mem::take(&mut self.deferred) {
+            if !self.peers.contains_key(&space) {
+                continue;
+            }
+            match self.attach(space, &record) {
+                Ok(None) => self.deferred.push((space, record)),
+                Ok(Some(first)) => self.reply(space, Reply::Attached { first }, None),
+                Err(error) => self.reply(space, Reply::Refused(error.errno()), None),
+            }
+        }
+    }
+
+    /// A child forks: makes the grandchild's space, and tells the child what it will have to map.
+    fn fork(&mut self, parent: SpaceId, descriptors: Vec<Private<OwnedFd>>) -> Result<OwnedFd> {
+        let lifeline = descriptors.into_iter().next().ok_or(Error::Invalid {
+            what: "a fork's descriptors",
+            value: 0,
+            rule: "one lifeline must come along",
+        })?;
+        // The lifeline reaches this thread as a request; it is admitted before the next message is served, because
+        // requests are obeyed at the bell and the grandchild greets only after this answer.
+        let records = fork_space(&self.shared, parent, lifeline)?;
+        self.obey_requests();
+        write_records(&records)
+    }
+
+    /// The child's end of the lifeline is closed: it exited, was killed, called exec, never came to be, or closed a
+    /// descriptor that it did not know.
+    fn hung_up(&mut self, space: SpaceId) {
+        if let Some(peer) = self.peers.get_mut(&space) {
+            peer.lifeline = None;
+            self.look_after(space);
+        }
+    }
+
+    /// Parts with a child if its address space is gone; ESRCH is the proof.
+    fn look_after(&mut self, space: SpaceId) {
+        let Some(peer) = self.peers.get(&space) else { return };
+        let gone = match &peer.introduced {
+            Some(introduced) => introduced.uffd.liveness() == Liveness::Gone,
+            None => peer.lifeline.is_none(),
+        };
+        if gone {
+            add(&self.shared.counters.processes_gone, 1);
+            self.part_with(space);
+        }
+    }
+
+    /// Forgets a child: its areas are counted down, and closing its lifeline sets its guard to work if it lives.
+    fn part_with(&mut self, space: SpaceId) {
+        let Some(peer) = self.peers.remove(&space) else { return };
+        self.shared.spaces_remove(space);
+        if let Ok(Some(removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
+            // Areas that ended by an event before are among the posts.
+            self.count_posts();
+            for area in removed.table.iter() {
+                area.target.vmap.close(1);
+            }
+        }
+        drop(peer);
+    }
+}
+
+/// An area that is to be served.
+pub(crate) struct NewArea {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) pgoff: u64,
+    pub(crate) region: u64,
+    pub(crate) writable: bool,
+    pub(crate) inherit: bool,
+}
+
+/// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment.
+pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
+    let NewArea { start, end, pgoff, region, writable, inherit } = new;
+    let Contents { list, generation } = vmap.contents();
+    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), generation, inherit };
+    let area = Area { start, end, pgoff, region, writable, leaving: false, target };
+    match shared.handler.ask(|reply| Command::Insert { space, area, reply })? {
+        Ok(()) => {}
+        Err(InsertError::Overlap(_)) => return Err(Error::AddressTaken { addr: start, len: end - start }),
+        Err(InsertError::NoMemory(_, Errno::ESHUTDOWN)) => return Err(Error::Shutdown),
+        Err(InsertError::NoMemory(_, errno)) => return Err(Error::sys("mmap for the area table")(errno)),
+    }
+    let now = vmap.contents();
+    if now.generation != generation {
+        // It was exchanged meanwhile, perhaps everywhere else before this area was there.
+        let (vmap, contents) = (vmap.id, now.clone());
+        // When the engine has ended, nothing is served from either.
+        let _ = shared.handler.ask(|reply| Command::SetList { vmap, contents, reply });
+    }
+    Ok(())
+}

@@ -1,0 +1,367 @@
+//! From a fault to an answer: looks the page up, and installs it with its neighbours.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::{Sender, TrySendError};
+use memmap2::MmapMut;
+use nix::errno::Errno;
+
+use super::EngineShared;
+use super::command::{ReadBuffer, ReadJob};
+use super::stats::add;
+use super::window::around;
+use super::workers::WorkerIds;
+use crate::kiobuf::{Nopage, TryRead};
+use crate::page::page_size;
+use crate::space::mmap_vec::MmapVec;
+use crate::space::table::Area;
+use crate::space::{Space, SpaceId, Target};
+use crate::sys::{Install, Stop, Userfault};
+use crate::vmap::is_resident;
+
+/// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
+const OUT_OF_MEMORY_RETRIES: u32 = 256;
+/// Tries at a page of which the kernel says that it is not mapped, although no event said so.
+const UNMAPPED_RETRIES: u32 = 16;
+
+/// A fault that was read and not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) space: SpaceId,
+    /// The start of the page.
+    pub(crate) addr: usize,
+    /// The thread that touched; 0 when unknown.
+    pub(crate) tid: i32,
+    /// How often it was put off.
+    pub(crate) retries: u32,
+    /// Its page is to be installed without neighbours: with them it failed.
+    pub(crate) alone: bool,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// The thread is awake, or a worker reads its page.
+    Done,
+    /// To be tried again soon.
+    Later,
+    /// The process is gone.
+    Gone,
+}
+
+/// A read that is under way: neighbours of its pages needn't be read again.
+struct Claim {
+    vmap: u64,
+    pages: Range<u64>,
+}
+
+/// Answers faults. Holds what that takes, made beforehand.
+pub(crate) struct Resolver {
+    shared: Arc<EngineShared>,
+    /// Where pages are composed that can be read at once.
+    bounce: MmapMut,
+    buffers: MmapVec<ReadBuffer>,
+    claims: MmapVec<Claim>,
+    jobs: Sender<ReadJob>,
+    workers: WorkerIds,
+    fault_around_pages: u64,
+}
+
+impl Resolver {
+    pub(crate) fn new(
+        shared: Arc<EngineShared>,
+        bounce: MmapMut,
+        buffers: MmapVec<ReadBuffer>,
+        jobs: Sender<ReadJob>,
+        workers: WorkerIds,
+        fault_around_pages: usize,
+        read_buffers: usize,
+    ) -> Result<Resolver, Errno> {
+        let mut claims = MmapVec::new();
+        claims.try_reserve(read_buffers)?;
+        let fault_around_pages = fault_around_pages as u64;
+        Ok(Resolver { shared, bounce, buffers, claims, jobs, workers, fault_around_pages })
+    }
+
+    /// Answers one fault.
+    pub(crate) fn resolve(&mut self, space: &Space, fault: &Fault) -> Answer {
+        let Some(uffd) = &space.uffd else { return Answer::Done };
+        let Some(area) = space.table.find(fault.addr) else {
+            // Not (or no longer) ours. If the range was unmapped the kernel says so and the thread gets SIGSEGV;
+            // if it is mapped, nobody knows its bytes.
+            add(&self.shared.counters.strays, 1);
+            return self.poison(space, uffd, fault.addr);
+        };
+        let page = page_size() as u64;
+        let pgoff = area.pgoff_of(fault.addr);
+        let pages = if fault.alone { 1 } else { self.fault_around_pages };
+        match area.target.list.nopage(pgoff) {
+            Nopage::Direct { src, run } => {
+                let window = around(pages, area, &run, pgoff);
+                let src = src.wrapping_add(((window.start - run.start) * page) as usize);
+                self.install(space, uffd, fault, pgoff, window, Source::Memory(src))
+            }
+            Nopage::Zero { run } => {
+                let window = around(pages, area, &run, pgoff);
+                self.install(space, uffd, fault, pgoff, window, Source::Zeros)
+            }
+            Nopage::Read { run, .. } => {
+                let window = around(pages, area, &run, pgoff);
+                self.read(space, uffd, area, fault, window)
+            }
+            Nopage::Sigbus(_) => self.poison(space, uffd, fault.addr),
+        }
+    }
+
+    /// Reads the pages of `window` at once if that can't block, else lets a worker do it.
+    fn read(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        window: Range<u64>,
+    ) -> Answer {
+        let pgoff = area.pgoff_of(fault.addr);
+        let vmap = &area.target.vmap;
+        if self.claims.iter().any(|claim| claim.vmap == vmap.id && claim.pages.contains(&pgoff)) {
+            // Being read. When it is installed, this thread is woken or finds the page present.
+            return Answer::Later;
+        }
+        if fault.retries > 0 && is_resident(vmap.memfd(), pgoff) {
+            // Installed meanwhile, perhaps in another space: only this mapping of it is missing.
+            return match uffd.r#continue(fault.addr, page_size()).stop {
+                None => Answer::Done,
+                Some(Stop::Changing) => Answer::Later,
+                Some(Stop::Gone) => Answer::Gone,
+                // Mapped meanwhile, or punched out again: the retried touch finds out.
+                Some(_) => self.wake(uffd, fault.addr),
+            };
+        }
+        let bytes = (window.end - window.start) as usize * page_size();
+        match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
+            TryRead::Done => {
+                let source = Source::Memory(self.bounce.as_ptr());
+                self.install(space, uffd, fault, pgoff, window, source)
+            }
+            // A neighbour's failure is not this page's.
+            TryRead::Failed(_) if window.end - window.start > 1 => {
+                self.read(space, uffd, area, fault, pgoff..pgoff + 1)
+            }
+            TryRead::Failed(_) => {
+                add(&self.shared.counters.source_errors, 1);
+                self.poison(space, uffd, fault.addr)
+            }
+            TryRead::WouldBlock if self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid) => {
+                // A worker that waits for a worker may wait for ever.
+                add(&self.shared.counters.self_faults, 1);
+                self.poison(space, uffd, fault.addr)
+            }
+            TryRead::WouldBlock => self.hand_to_worker(space, area, fault, window),
+        }
+    }
+
+    fn hand_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
+        let Some(buffer) = self.buffers.pop() else { return Answer::Later };
+        let target = &area.target;
+        let claim = Claim { vmap: target.vmap.id, pages: pages.clone() };
+        let job = ReadJob {
+            space: space.id,
+            vmap: target.vmap.id,
+            generation: target.generation,
+            list: target.list.clone(),
+            pages,
+            addr: fault.addr,
+            buffer,
+        };
+        match self.jobs.try_send(job) {
+            Ok(()) => {
+                add(&self.shared.counters.worker_reads, 1);
+                // As many places as buffers were reserved.
+                let _ = self.claims.try_push(claim);
+                Answer::Done
+            }
+            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                // The buffer came from there: its place is free.
+                let _ = self.buffers.try_push(job.buffer);
+                Answer::Later
+            }
+        }
+    }
+
+    /// Installs what a worker has read; answers with the fault that it was read for.
+    pub(crate) fn finish_read(&mut self, space: &Space, job: ReadJob, outcome: Result<(), Errno>) -> (Fault, Answer) {
+        // A neighbour's failure is not this page's: read it alone then.
+        let alone = outcome.is_err() && job.pages.end - job.pages.start > 1;
+        let fault = Fault { alone, ..job.fault() };
+        let installed = if alone { None } else { self.install_read(space, &job, &fault, outcome) };
+        self.discard(job);
+        // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
+        let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
+        (fault, answer)
+    }
+
+    /// Installs a worker's pages if they still belong where the fault was; `None` if they don't.
+    fn install_read(
+        &mut self,
+        space: &Space,
+        job: &ReadJob,
+        fault: &Fault,
+        outcome: Result<(), Errno>,
+    ) -> Option<Answer> {
+        let uffd = space.uffd.as_ref()?;
+        let area = space.table.find(fault.addr)?;
+        let pgoff = area.pgoff_of(fault.addr);
+        let target = &area.target;
+        if target.vmap.id != job.vmap || target.generation != job.generation || !job.pages.contains(&pgoff) {
+            return None;
+        }
+        if outcome.is_err() {
+            add(&self.shared.counters.source_errors, 1);
+            return Some(self.poison(space, uffd, fault.addr));
+        }
+        // The area may have been trimmed meanwhile.
+        let window = around(self.fault_around_pages, area, &job.pages, pgoff);
+        let skipped = (window.start - job.pages.start) as usize * page_size();
+        let source = Source::Memory(job.buffer.0[skipped..].as_ptr());
+        Some(self.install(space, uffd, fault, pgoff, window, source))
+    }
+
+    /// Takes a job's buffer and claim back.
+    pub(crate) fn discard(&mut self, job: ReadJob) {
+        if let Some(index) = self.claims.iter().position(|c| c.vmap == job.vmap && c.pages == job.pages) {
+            self.claims.swap_remove(index);
+        }
+        let _ = self.buffers.try_push(job.buffer);
+    }
+
+    /// Installs the pages of `window`, which the fault's page `pgoff` is one of; present neighbours are passed over.
+    fn install(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        fault: &Fault,
+        pgoff: u64,
+        window: Range<u64>,
+        source: Source,
+    ) -> Answer {
+        let page = page_size();
+        let wanted = (pgoff - window.start) as usize * page;
+        let start = fault.addr - wanted;
+        let total = (window.end - window.start) as usize * page;
+        let mut settled = 0;
+        while settled < total {
+            let install = source.install(uffd, start + settled, settled, total - settled);
+            self.count_installed(space, &source, install.bytes);
+            settled += install.bytes;
+            match install.stop {
+                None => return Answer::Done,
+                Some(Stop::Present) => {
+                    // EEXIST says that the page is there, not that the thread that waits for it woke.
+                    add(&self.shared.counters.already_present, 1);
+                    if settled == wanted {
+                        self.wake(uffd, fault.addr);
+                    }
+                    settled += page;
+                }
+                // The page that stopped it is asked for alone; the kernel then names the reason.
+                Some(Stop::Changing) if install.bytes > 0 => {}
+                Some(_) if settled > wanted => return Answer::Done,
+                Some(stop) if total == page => return self.not_installed(space, uffd, fault, stop),
+                Some(_) => {
+                    // The window may reach over the border of a mapping, or a neighbour's source may be bad.
+                    let source = source.advanced(wanted);
+                    return self.install(space, uffd, fault, pgoff, pgoff..pgoff + 1, source);
+                }
+            }
+        }
+        Answer::Done
+    }
+
+    /// Decides about a single page that the kernel did not install.
+    fn not_installed(&mut self, space: &Space, uffd: &Userfault, fault: &Fault, stop: Stop) -> Answer {
+        match stop {
+            Stop::Present | Stop::Changing => Answer::Later,
+            Stop::Gone => Answer::Gone,
+            Stop::NoMemory if fault.retries < OUT_OF_MEMORY_RETRIES => Answer::Later,
+            // Unmapped between the fault and now: its event is on the way.
+            Stop::Unmapped if fault.retries < UNMAPPED_RETRIES => Answer::Later,
+            Stop::Unmapped => self.wake(uffd, fault.addr),
+            Stop::BadSource | Stop::NoMemory | Stop::Other(_) => {
+                add(&self.shared.counters.source_errors, 1);
+                self.poison(space, uffd, fault.addr)
+            }
+        }
+    }
+
+    fn count_installed(&self, space: &Space, source: &Source, bytes: usize) {
+        let pages = (bytes / page_size()) as u64;
+        space.counters.pages.fetch_add(pages, Ordering::Relaxed);
+        let counters = &self.shared.counters;
+        add(if matches!(source, Source::Zeros) { &counters.pages_zeroed } else { &counters.pages_copied }, pages);
+    }
+
+    /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space.
+    fn poison(&mut self, space: &Space, uffd: &Userfault, addr: usize) -> Answer {
+        let Install { stop, .. } = uffd.poison(addr, page_size());
+        match stop {
+            None => {
+                add(&self.shared.counters.pages_poisoned, 1);
+                space.counters.poisoned.fetch_add(1, Ordering::Relaxed);
+                Answer::Done
+            }
+            Some(Stop::Changing | Stop::NoMemory) => Answer::Later,
+            Some(Stop::Gone) => Answer::Gone,
+            // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
+            Some(_) => self.wake(uffd, addr),
+        }
+    }
+
+    /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves.
+    pub(crate) fn poison_in(&mut self, space: &Space, addr: usize) -> Answer {
+        match &space.uffd {
+            Some(uffd) => self.poison(space, uffd, addr),
+            None => Answer::Done,
+        }
+    }
+
+    /// Wakes the thread that waits for a page; it touches again.
+    pub(crate) fn wake(&self, uffd: &Userfault, addr: usize) -> Answer {
+        add(&self.shared.counters.wakes, 1);
+        match uffd.wake(addr, page_size()) {
+            Err(Errno::EAGAIN) => Answer::Later,
+            _ => Answer::Done,
+        }
+    }
+}
+
+/// Where installed bytes come from.
+#[derive(Clone, Copy)]
+enum Source {
+    /// From this address on; the page list or a buffer keeps it alive.
+    Memory(*const u8),
+    Zeros,
+}
+
+impl Source {
+    /// The same source, `bytes` further on.
+    fn advanced(self, bytes: usize) -> Source {
+        match self {
+            Source::Memory(src) => Source::Memory(src.wrapping_add(bytes)),
+            Source::Zeros => Source::Zeros,
+        }
+    }
+
+    /// Installs `len` bytes at `dst`, which is `offset` bytes into the window.
+    fn install(self, uffd: &Userfault, dst: usize, offset: usize, len: usize) -> Install {
+        match self.advanced(offset) {
+            // SAFETY: the window was clipped to pages that the list or the buffer holds from `src` on, and `dst` to
+            // an area of this engine, in which no thread holds a reference to a page that is missing. If the source
+            // has vanished nevertheless, the kernel answers EFAULT.
+            Source::Memory(src) => unsafe { uffd.copy(dst, src, len) },
+            Source::Zeros => uffd.zeropage(dst, len),
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Threads that read pages from where reading may take long: files that are not cached, and page sources.
+//!
+//! A worker only reads into a buffer. Installing the pages stays with the fault-handling thread, so that one code
+//! path deals with unmapped areas, present pages and changing address spaces.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use crossbeam_channel::{Receiver, Sender};
+use nix::errno::Errno;
+
+use super::EngineShared;
+use super::bell::Bell;
+use super::command::{ReadDone, ReadJob};
+use super::stats::add;
+use crate::page::page_size;
+
+/// The thread ids of the workers, as a fault message names them.
+pub(crate) type WorkerIds = Arc<[AtomicI32]>;
+
+/// Reads jobs until their sender is gone.
+pub(crate) fn run(
+    shared: &EngineShared,
+    index: usize,
+    ids: &WorkerIds,
+    jobs: &Receiver<ReadJob>,
+    done: &Sender<ReadDone>,
+    bell: &Bell,
+) {
+    ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
+    while let Ok(mut job) = jobs.recv() {
+        let bytes = (job.pages.end - job.pages.start) as usize * page_size();
+        let list = job.list.clone();
+        let read = catch_unwind(AssertUnwindSafe(|| list.read_pages(job.pages.start, &mut job.buffer.0[..bytes])));
+        drop(list);
+        // The failure itself may own memory, which is to be freed here and not by the fault-handling thread.
+        let outcome = match read {
+            Ok(outcome) => outcome.map_err(|failure| failure.errno()),
+            Err(_) => {
+                add(&shared.counters.panics, 1);
+                Err(Errno::EIO)
+            }
+        };
+        if done.send(ReadDone { job, outcome }).is_err() {
+            return;
+        }
+        bell.ring();
+    }
+}

@@ -1,0 +1,81 @@
+//! One address space that the engine serves: its userfaultfd and its table of areas.
+//!
+//! The engine's own process and a forked child are both spaces; one code path serves them.
+
+pub(crate) mod mmap_vec;
+pub(crate) mod table;
+
+use std::sync::Arc;
+
+use crate::fork::ledger::Private;
+use crate::kiobuf::Kiobuf;
+use crate::runtime::stats::SpaceCounters;
+use crate::sys::Userfault;
+use crate::vmap::core::VmapCore;
+use table::AreaTable;
+
+/// Names a space; never used again within an engine.
+pub(crate) type SpaceId = u64;
+
+/// The space of the process that created the engine.
+pub(crate) const OWN_SPACE: SpaceId = 0;
+
+/// What the pages of an area are.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) vmap: Arc<VmapCore>,
+    /// The page list as of `generation`.
+    pub(crate) list: Kiobuf,
+    pub(crate) generation: u64,
+    /// A forked child gets this area too.
+    pub(crate) inherit: bool,
+}
+
+/// One served address space; only the fault-handling thread changes it.
+pub(crate) struct Space {
+    pub(crate) id: SpaceId,
+    /// `None` until a forked child has sent its descriptor.
+    pub(crate) uffd: Option<Arc<Private<Userfault>>>,
+    pub(crate) table: AreaTable<Target>,
+    pub(crate) counters: Arc<SpaceCounters>,
+}
+
+/// An area as it is told to the process that shall map it. Plain numbers: it crosses process borders.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct AreaRecord {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) pgoff: u64,
+    pub(crate) region: u64,
+    pub(crate) vmap: u64,
+    /// A set of [`AreaRecord::WRITABLE`] and [`AreaRecord::INHERIT`].
+    pub(crate) flags: u64,
+}
+
+impl AreaRecord {
+    pub(crate) const BYTES: usize = size_of::<AreaRecord>();
+    /// The mapping is read-write.
+    pub(crate) const WRITABLE: u64 = 1;
+    /// A forked child gets the area too.
+    pub(crate) const INHERIT: u64 = 2;
+
+    pub(crate) fn flags(writable: bool, inherit: bool) -> u64 {
+        (Self::WRITABLE * u64::from(writable)) | (Self::INHERIT * u64::from(inherit))
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
+        self.flags & Self::WRITABLE != 0
+    }
+
+    pub(crate) fn of(area: &table::Area<Target>) -> AreaRecord {
+        AreaRecord {
+            start: area.start as u64,
+            len: area.len_bytes() as u64,
+            pgoff: area.pgoff,
+            region: area.region,
+            vmap: area.target.vmap.id,
+            flags: AreaRecord::flags(area.writable, area.target.inherit),
+        }
+    }
+}

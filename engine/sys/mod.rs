@@ -1,0 +1,23 @@
+//! The kernel's interface: every system call on a userfaultfd, with errno turned into meaning once, here.
+//!
+//! The crate `userfaultfd` is the way in to register, unregister, wake and read. The handshake and the ioctls that
+//! install pages are our own: version 0.9 reads COPY's count as unsigned, so that −EAGAIN passes for progress, and it
+//! has no POISON. This module knows nothing of what the engine uses it for.
+
+mod flags;
+mod install;
+mod message;
+mod open;
+mod probe;
+#[cfg(test)]
+mod testing;
+mod uapi;
+mod uffd;
+
+pub use flags::{Features, Ioctls, Named};
+pub(crate) use install::{Install, Stop};
+pub(crate) use message::{FaultKind, Message, MsgBuffer};
+pub(crate) use open::{DEFAULT_WAYS, Opener};
+pub use open::{OpenAttempt, OpenFailure, OpenStep, OpenWay};
+pub use probe::{MemoryKind, Probe, probe, probe_way, range_ioctls};
+pub(crate) use uffd::{Liveness, Userfault};

@@ -1,0 +1,278 @@
+//! What a vmap is behind its handles: the backing object, the reference count, and the rules of its transitions.
+//!
+//! The count changes in three ways: an attach or a fork adds, the end of an area subtracts. `0 → 1` is *first*,
+//! `1 → 0` owes one deref callback. Whoever attaches while a callback is owed waits until it has run (except the
+//! callback itself), so that *first* and *deref* alternate strictly, as under the semaphore of `struct kiobuf_vmap`.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::ThreadId;
+
+use crossbeam_channel::Sender;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::Vmap;
+use super::window::Window;
+use crate::kiobuf::Kiobuf;
+use crate::page::page_size;
+use crate::runtime::callbacks::Notice;
+use crate::{Error, Result};
+
+pub(crate) type DerefFn = Box<dyn FnMut(&Vmap) + Send>;
+
+/// The page list of a vmap, and how often it was exchanged.
+#[derive(Clone, Debug)]
+pub(crate) struct Contents {
+    pub(crate) list: Kiobuf,
+    pub(crate) generation: u64,
+}
+
+/// The shared state of a vmap.
+pub(crate) struct VmapCore {
+    pub(crate) id: u64,
+    /// The backing object. Forked children keep it: they map it again.
+    memfd: OwnedFd,
+    nr_pages: AtomicU64,
+    pub(crate) expandable: bool,
+    refcount: AtomicUsize,
+    count: Mutex<Count>,
+    /// Signalled when an owed callback has run or a transition closure has returned.
+    settled: Condvar,
+    /// Held for a moment only.
+    contents: Mutex<Contents>,
+    /// Held for reading by the owner's own reads and writes, for writing by an exchange of the list.
+    pub(crate) in_use: RwLock<()>,
+    /// Where the owner fills pages without a region of its own; made at first use.
+    pub(crate) window: Mutex<Option<Window>>,
+    pub(crate) on_deref: Mutex<DerefSlot>,
+    pub(crate) user_data: Option<Box<dyn Any + Send + Sync>>,
+    notices: Sender<Notice>,
+}
+
+/// The deref callback; `version` tells a callback that was replaced while it ran.
+#[derive(Default)]
+pub(crate) struct DerefSlot {
+    pub(crate) callback: Option<DerefFn>,
+    pub(crate) version: u64,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    /// The thread whose `attach_with` closure is running.
+    transition: Option<ThreadId>,
+    /// Callbacks that are owed and have not returned.
+    derefs_owed: u32,
+    destroyed: bool,
+}
+
+/// Whether an attach may count itself now.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// Counted; `first` when the count was 0.
+    Counted { first: bool },
+    /// A callback is owed or a closure runs: wait.
+    Later,
+}
+
+impl VmapCore {
+    /// Makes the backing object: a memfd of exactly the list's pages, sealed against shrinking, and against growing
+    /// unless the vmap is expandable. Past its end the kernel itself raises SIGBUS, even when the engine is gone.
+    pub(crate) fn new(
+        id: u64,
+        list: Kiobuf,
+        expandable: bool,
+        on_deref: Option<DerefFn>,
+        user_data: Option<Box<dyn Any + Send + Sync>>,
+        notices: Sender<Notice>,
+    ) -> Result<VmapCore> {
+        let memfd = memfd_create(c"kiomap", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+            .map_err(Error::sys("memfd_create for a vmap"))?;
+        resize(memfd.as_fd(), list.nr_pages())?;
+        let mut seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+        if !expandable {
+            seals |= SealFlag::F_SEAL_GROW;
+        }
+        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::sys("sealing the memfd of a vmap"))?;
+        Ok(VmapCore {
+            id,
+            memfd,
+            nr_pages: AtomicU64::new(list.nr_pages()),
+            expandable,
+            refcount: AtomicUsize::new(0),
+            count: Mutex::default(),
+            settled: Condvar::new(),
+            contents: Mutex::new(Contents { list, generation: 0 }),
+            in_use: RwLock::new(()),
+            window: Mutex::new(None),
+            on_deref: Mutex::new(DerefSlot { callback: on_deref, version: 0 }),
+            user_data,
+            notices,
+        })
+    }
+
+    pub(crate) fn memfd(&self) -> BorrowedFd<'_> {
+        self.memfd.as_fd()
+    }
+
+    pub(crate) fn nr_pages(&self) -> u64 {
+        self.nr_pages.load(Ordering::Acquire)
+    }
+
+    fn lock_contents(&self) -> MutexGuard<'_, Contents> {
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The list as it is now.
+    pub(crate) fn contents(&self) -> Contents {
+        self.lock_contents().clone()
+    }
+
+    /// Exchanges the list, and returns the one before.
+    pub(crate) fn set_list(&self, list: Kiobuf) -> Contents {
+        let mut contents = self.lock_contents();
+        let generation = contents.generation + 1;
+        std::mem::replace(&mut *contents, Contents { list, generation })
+    }
+
+    /// Grows the backing object; the list that covers the new pages is published before.
+    pub(crate) fn grow(&self, nr_pages: u64) -> Result<()> {
+        resize(self.memfd.as_fd(), nr_pages)?;
+        self.nr_pages.store(nr_pages, Ordering::Release);
+        Ok(())
+    }
+
+    pub(crate) fn refcount(&self) -> usize {
+        self.refcount.load(Ordering::Acquire)
+    }
+
+    fn count(&self) -> MutexGuard<'_, Count> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one more area as `vm_ops->open` does: of a vmap that has areas already, so no transition. Takes no
+    /// lock: the fault-handling thread calls it.
+    pub(crate) fn open_again(&self) {
+        let before = self.refcount.fetch_add(1, Ordering::AcqRel);
+        debug_assert!(before > 0, "an inherited or split area is counted while its origin is");
+    }
+
+    /// Counts an attach if it needn't wait. `from_callback`: the caller is the callback thread, which must not wait
+    /// for itself. `transition`: the caller goes on to run a closure and ends with [`VmapCore::transition_done`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::WouldDeadlock`] when called from within the closure of an `attach_with` on the same vmap;
+    /// [`Error::Shutdown`] when the vmap was destroyed.
+    pub(crate) fn try_open(&self, from_callback: bool, transition: bool) -> Result<Opened> {
+        let mut count = self.count();
+        self.try_open_locked(&mut count, from_callback, transition)
+    }
+
+    fn try_open_locked(&self, count: &mut Count, from_callback: bool, transition: bool) -> Result<Opened> {
+        let me = std::thread::current().id();
+        if count.destroyed {
+            return Err(Error::Shutdown);
+        }
+        if count.transition == Some(me) {
+            return Err(Error::WouldDeadlock { what: "an attach", thread: "attach_with" });
+        }
+        if count.transition.is_some() || (count.derefs_owed > 0 && !from_callback) {
+            return Ok(Opened::Later);
+        }
+        if transition {
+            count.transition = Some(me);
+        }
+        let first = self.refcount.fetch_add(1, Ordering::AcqRel) == 0;
+        Ok(Opened::Counted { first })
+    }
+
+    /// As [`VmapCore::try_open`], but waits; answers whether this is the first area.
+    pub(crate) fn open(&self, from_callback: bool, transition: bool) -> Result<bool> {
+        let mut count = self.count();
+        loop {
+            match self.try_open_locked(&mut count, from_callback, transition)? {
+                Opened::Counted { first } => return Ok(first),
+                Opened::Later => count = self.settled.wait(count).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Ends the transition that [`VmapCore::open`] began.
+    pub(crate) fn transition_done(&self) {
+        self.count().transition = None;
+        self.settled.notify_all();
+    }
+
+    /// Takes back a count whose attach failed: when it was the first, no callback is owed for it.
+    pub(crate) fn take_back(self: &Arc<Self>, first: bool) {
+        let mut count = self.count();
+        if self.subtract(1) && !first {
+            self.owe_deref(&mut count);
+        }
+    }
+
+    /// Counts `n` areas less as `vm_ops->close` does; at 0 one deref callback is owed.
+    pub(crate) fn close(self: &Arc<Self>, n: usize) {
+        let mut count = self.count();
+        if self.subtract(n) {
+            self.owe_deref(&mut count);
+        }
+    }
+
+    /// Subtracts and tells whether that reached 0. Never goes below zero: an underflow would be a bug of ours, and a
+    /// count that stays at 0 is the harmless side of it.
+    fn subtract(&self, n: usize) -> bool {
+        let result =
+            self.refcount.fetch_update(Ordering::AcqRel, Ordering::Acquire, |before| Some(before.saturating_sub(n)));
+        let before = result.unwrap_or_else(|unchanged| unchanged);
+        debug_assert!(before >= n, "the count of vmap {} is {before}, {n} areas closed", self.id);
+        n > 0 && before > 0 && before <= n
+    }
+
+    fn owe_deref(self: &Arc<Self>, count: &mut Count) {
+        count.derefs_owed += 1;
+        if self.notices.send(Notice::Deref(Arc::clone(self))).is_err() {
+            // The callback thread is gone, which it is only after the last area: nobody is left to wait.
+            count.derefs_owed -= 1;
+        }
+    }
+
+    /// Records that an owed callback has run.
+    pub(crate) fn deref_done(&self) {
+        self.count().derefs_owed -= 1;
+        self.settled.notify_all();
+    }
+
+    /// Refuses every later attach, if no area is attached and no callback owed.
+    pub(crate) fn destroy(&self) -> Result<()> {
+        let mut count = self.count();
+        let refcount = self.refcount();
+        if refcount > 0 || count.derefs_owed > 0 || count.transition.is_some() {
+            return Err(Error::Busy { refcount });
+        }
+        count.destroyed = true;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for VmapCore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vmap")
+            .field("id", &self.id)
+            .field("nr_pages", &self.nr_pages())
+            .field("refcount", &self.refcount())
+            .finish_non_exhaustive()
+    }
+}
+
+fn resize(memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<()> {
+    let bytes = nr_pages
+        .checked_mul(page_size() as u64)
+        .and_then(|bytes| i64::try_from(bytes).ok())
+        .ok_or(Error::Overflow { what: "the size of a vmap in pages", base: nr_pages, len: page_size() as u64 })?;
+    nix::unistd::ftruncate(memfd, bytes).map_err(Error::sys("sizing the memfd of a vmap"))
+}

@@ -1,0 +1,415 @@
+//! The noun `Vmap`: one page list published as shared memory, with its count of attached areas and its deref callback.
+
+pub(crate) mod core;
+pub(crate) mod registry;
+pub(crate) mod window;
+
+use std::any::Any;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::uio::{pread, pwrite};
+use nix::unistd::{Whence, lseek};
+
+use crate::fork::link::Local;
+use crate::fork::wire::{Ask, Reply};
+use crate::kiobuf::{ExtentKind, Kiobuf};
+use crate::page::page_size;
+use crate::region::{AttachOptions, Region};
+use crate::runtime::EngineShared;
+use crate::runtime::command::Command;
+use crate::runtime::threads::{self, Role};
+use crate::{Error, Result};
+use core::{DerefFn, VmapCore};
+use window::Window;
+
+/// Pages filled in one step when a whole vmap is filled.
+const FILL_STEP_PAGES: u64 = 512;
+
+/// Shares a page list with every process that attaches it (`struct kiobuf_vmap`).
+///
+/// The backing object is a memfd of exactly the list's pages: a page is taken from the list when it is first touched
+/// anywhere, and from then on every process sees the same page. A clone is another handle to the same vmap; the vmap
+/// lives as long as a handle or a region does.
+#[derive(Clone)]
+pub struct Vmap {
+    core: Arc<VmapCore>,
+    shared: Arc<EngineShared>,
+}
+
+/// How much [`Vmap::revoke`] takes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Revoke {
+    /// Pages that are resident stay; every other page is SIGBUS from now on, as after `unmap_kiobuf`.
+    Soft,
+    /// Resident pages go too: every touch is SIGBUS from now on. What was written to them is lost.
+    Hard,
+}
+
+/// Settings of a vmap that is to be published ([`Engine::vmap_builder`](crate::Engine::vmap_builder)).
+pub struct VmapBuilder {
+    shared: Arc<EngineShared>,
+    list: Kiobuf,
+    on_deref: Option<DerefFn>,
+    user_data: Option<Box<dyn Any + Send + Sync>>,
+    expandable: bool,
+}
+
+impl VmapBuilder {
+    pub(crate) fn new(shared: Arc<EngineShared>, list: Kiobuf) -> VmapBuilder {
+        VmapBuilder { shared, list, on_deref: None, user_data: None, expandable: false }
+    }
+
+    /// Sets the deref callback: called each time the last attached area is gone, in any process, once.
+    ///
+    /// It runs on a thread of its own, outside every lock, after the area was unmapped; it may attach, detach, query
+    /// or drop anything. Other threads' attaches to this vmap wait until it has returned. One that panics is caught
+    /// and counted. It must not wait for a thread that attaches to the same vmap.
+    #[must_use]
+    pub fn on_deref(mut self, callback: impl FnMut(&Vmap) + Send + 'static) -> Self {
+        self.on_deref = Some(Box::new(callback));
+        self
+    }
+
+    /// Attaches a value of the caller's to the vmap (`private_data`), to be had from [`Vmap::user_data`].
+    #[must_use]
+    pub fn user_data<T: Any + Send + Sync>(mut self, value: T) -> Self {
+        self.user_data = Some(Box::new(value));
+        self
+    }
+
+    /// Allows [`Vmap::expand`]. The backing object is then not sealed against growing.
+    #[must_use]
+    pub fn expandable(mut self) -> Self {
+        self.expandable = true;
+        self
+    }
+
+    /// Publishes the list.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
+    /// memory of the list lies in a region of an engine; [`Error::Overflow`] when the list has more bytes than a file
+    /// can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
+    pub fn build(self) -> Result<Vmap> {
+        let VmapBuilder { shared, list, on_deref, user_data, expandable } = self;
+        owner_only(&shared, "publishing a vmap")?;
+        refuse_own_memory(&list)?;
+        let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
+        let core = Arc::new(VmapCore::new(id, list, expandable, on_deref, user_data, notices)?);
+        shared.vmaps.enter(&core);
+        Ok(Vmap { core, shared })
+    }
+}
+
+fn owner_only(shared: &EngineShared, what: &'static str) -> Result<()> {
+    if shared.is_child() {
+        return Err(Error::NotOwner { what });
+    }
+    if shared.retired.load(Ordering::Acquire) { Err(Error::Shutdown) } else { Ok(()) }
+}
+
+/// Refuses a list whose memory an engine of this process pages in: copying from it could wait for the very thread
+/// that copies.
+fn refuse_own_memory(list: &Kiobuf) -> Result<()> {
+    let mut ranges = list.memory_ranges().peekable();
+    if ranges.peek().is_none() {
+        return Ok(());
+    }
+    let engines = crate::fork::engines();
+    for range in ranges {
+        for engine in engines.iter().filter(|engine| !engine.is_child()) {
+            let overlap = engine.handler.ask(|reply| Command::Overlap { start: range.start, end: range.end, reply });
+            // An engine that has ended has no areas.
+            if let Ok(Some(addr)) = overlap {
+                return Err(Error::SourceInRegion { addr });
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Vmap {
+    pub(crate) fn from_parts(core: Arc<VmapCore>, shared: Arc<EngineShared>) -> Vmap {
+        Vmap { core, shared }
+    }
+
+    /// Returns the number of pages of the list.
+    pub fn nr_pages(&self) -> u64 {
+        self.core.nr_pages()
+    }
+
+    /// Returns the number of areas attached in all living processes.
+    ///
+    /// # Errors
+    ///
+    /// In the process that created the engine, none. In a forked child: [`Error::Shutdown`] when the engine is gone,
+    /// [`Error::NotInherited`] when the child could not be connected.
+    pub fn refcount(&self) -> Result<usize> {
+        match &*self.shared.local() {
+            Local::Owner { .. } => Ok(self.core.refcount()),
+            Local::Child { lifeline, .. } => match lifeline.ask(Ask::Refcount { vmap: self.core.id }, &[])? {
+                (Reply::Count(count), _) => Ok(count as usize),
+                _ => Err(Error::sys("the answer to a count")(Errno::EPROTO)),
+            },
+            Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
+        }
+    }
+
+    /// Returns the value that the vmap was built with, if it is a `T`.
+    pub fn user_data<T: Any>(&self) -> Option<&T> {
+        self.core.user_data.as_ref()?.downcast_ref()
+    }
+
+    /// Exchanges the deref callback, also while areas are attached; one that is running finishes.
+    pub fn set_on_deref(&self, callback: impl FnMut(&Vmap) + Send + 'static) {
+        self.exchange_on_deref(Some(Box::new(callback)));
+    }
+
+    /// Removes the deref callback.
+    pub fn clear_on_deref(&self) {
+        self.exchange_on_deref(None);
+    }
+
+    fn exchange_on_deref(&self, callback: Option<DerefFn>) {
+        let mut slot = self.core.on_deref.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.version += 1;
+        let before = std::mem::replace(&mut slot.callback, callback);
+        // Outside the lock: its captures may be anything.
+        drop(slot);
+        drop(before);
+    }
+
+    /// Maps the vmap, or a part of it, into this process (`mmap_kiobuf`).
+    ///
+    /// Waits while a deref callback of this vmap is due or running, unless called from it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
+    /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
+    /// [`Error::AddressTaken`]; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with `ENOMEM` for want of
+    /// address space or mappings. Mappings, count and registrations are then as before.
+    pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
+        crate::region::attach::attach(&self.core, &self.shared, options, None)
+    }
+
+    /// As [`Vmap::attach`], and calls `transition` with whether this is the first area, before any other attach of
+    /// this vmap can be counted: what it changes is changed together with the count.
+    ///
+    /// In a forked child, where the count lives in another process, other processes' attaches are not held off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vmap::attach`]; [`Error::WouldDeadlock`] for an attach to the same vmap from within `transition`.
+    pub fn attach_with(&self, options: &AttachOptions, transition: impl FnOnce(bool)) -> Result<Region> {
+        crate::region::attach::attach(&self.core, &self.shared, options, Some(Box::new(transition)))
+    }
+
+    /// Reads shared contents, without a region: what a process would read at byte `offset` of the vmap.
+    ///
+    /// Pages that are not resident are taken from the list first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when the range ends past the list; [`Error::NoPage`] for a page that can't be had;
+    /// [`Error::NotOwner`], [`Error::Shutdown`], [`Error::Sys`]. `buf` then holds unspecified bytes.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let _contents = self.make_resident(offset, buf.len())?;
+        let mut done = 0;
+        while done < buf.len() {
+            match pread(self.core.memfd(), &mut buf[done..], (offset + done as u64) as i64) {
+                Ok(0) => return Err(Error::sys("pread of a vmap")(Errno::EIO)),
+                Ok(n) => done += n,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(Error::sys("pread of a vmap")(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes shared contents, without a region: every process sees the bytes at byte `offset` of the vmap.
+    ///
+    /// Pages that are not resident are taken from the list first. The write is not atomic as a whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vmap::read_at`]; some of the bytes may have been written then.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let _contents = self.make_resident(offset, bytes.len())?;
+        let mut done = 0;
+        while done < bytes.len() {
+            match pwrite(self.core.memfd(), &bytes[done..], (offset + done as u64) as i64) {
+                Ok(n) => done += n,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(Error::sys("pwrite to a vmap")(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
+    fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
+        owner_only(&self.shared, "reading or writing a vmap without a region")?;
+        if threads::current_role(self.shared.id) == Some(Role::Worker) {
+            return Err(Error::WouldDeadlock { what: "reading or writing a vmap", thread: "worker" });
+        }
+        let page = page_size() as u64;
+        let in_use = self.core.in_use.read().unwrap_or_else(PoisonError::into_inner);
+        let list = self.core.contents().list;
+        let nr_pages = self.nr_pages();
+        let end = offset.checked_add(len as u64).filter(|&end| end <= nr_pages * page).ok_or(Error::Invalid {
+            what: "the range's offset in bytes",
+            value: offset,
+            rule: "offset plus length must lie within the list",
+        })?;
+        let (mut pgoff, end) = (offset / page, end.div_ceil(page));
+        let mut window = lock_window(&self.shared, &self.core)?;
+        while pgoff < end {
+            match window.fill(&list, pgoff, end) {
+                Ok(()) => break,
+                // Not in the list any more, but still here: a soft revoke leaves resident pages.
+                Err(Error::NoPage { pgoff: at, .. }) if is_resident(self.core.memfd(), at) => pgoff = at + 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(in_use)
+    }
+
+    /// Appends pages to the list, while areas are attached: what was SIGBUS past the end is memory from now on
+    /// (`expand_kiobuf`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when the vmap was not built [`expandable`](VmapBuilder::expandable); as
+    /// [`VmapBuilder::build`] otherwise. The list is then as before.
+    pub fn expand(&self, tail: &Kiobuf) -> Result<()> {
+        owner_only(&self.shared, "expanding a vmap")?;
+        if !self.core.expandable {
+            return Err(Error::Invalid {
+                what: "the vmap's capacity in pages",
+                value: self.nr_pages(),
+                rule: "only a vmap that was built expandable can grow",
+            });
+        }
+        refuse_own_memory(tail)?;
+        let _in_use = self.exclude_owner_io();
+        let mut list = self.core.contents().list;
+        list.expand(tail)?;
+        let nr_pages = list.nr_pages();
+        // The list first: a touch of a new page, as soon as the object has it, must find it there.
+        let before = self.publish(list)?;
+        if let Err(error) = self.core.grow(nr_pages) {
+            self.publish(before)?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Takes the page list back, while areas are attached (`unmap_kiobuf`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
+    pub fn revoke(&self, how: Revoke) -> Result<()> {
+        owner_only(&self.shared, "revoking a vmap")?;
+        let in_use = self.exclude_owner_io();
+        let before = self.publish(Kiobuf::new())?;
+        let bytes = self.nr_pages() * page_size() as u64;
+        if how == Revoke::Hard && bytes > 0 {
+            // Punching drops the pages from every mapping; the next touch faults, and finds nothing in the list.
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(self.core.memfd(), flags, 0, bytes as i64).map_err(Error::sys("fallocate to drop pages"))?;
+        }
+        drop(in_use);
+        drop(before);
+        Ok(())
+    }
+
+    /// Refuses every later attach; only when no area is attached.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] (`EBUSY`) while areas are attached or a deref callback is due; nothing is changed then.
+    /// [`Error::NotOwner`] in a forked child.
+    pub fn destroy(&self) -> Result<()> {
+        if self.shared.is_child() {
+            return Err(Error::NotOwner { what: "destroying a vmap" });
+        }
+        self.core.destroy()
+    }
+
+    /// Waits for the owner's reads and writes, and holds further ones off.
+    fn exclude_owner_io(&self) -> RwLockWriteGuard<'_, ()> {
+        self.core.in_use.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Exchanges the list everywhere; when it returns, no fault is answered from the old one, which it returns.
+    fn publish(&self, list: Kiobuf) -> Result<Kiobuf> {
+        let before = self.core.set_list(list);
+        // Kept over the question, so that the fault-handling thread drops neither as the last.
+        let now = self.core.contents();
+        let (vmap, contents) = (self.core.id, now.clone());
+        self.shared.handler.ask(|reply| Command::SetList { vmap, contents, reply })?;
+        Ok(before.list)
+    }
+}
+
+impl std::fmt::Debug for Vmap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+/// Fills every page of a vmap that can be had, for a shutdown.
+pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
+    let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
+    let list = core.contents().list;
+    // Without a window nothing can be filled: what is missing will be SIGBUS.
+    let Ok(mut window) = lock_window(shared, core) else { return };
+    for extent in list.extents().filter(|extent| extent.kind != ExtentKind::Hole) {
+        let end = extent.first_page + extent.nr_pages;
+        let mut pgoff = extent.first_page;
+        while pgoff < end {
+            let step = (pgoff + FILL_STEP_PAGES).min(end);
+            pgoff = match window.fill(&list, pgoff, step) {
+                Ok(()) => step,
+                Err(Error::NoPage { pgoff, .. }) => pgoff + 1,
+                Err(_) => return,
+            };
+        }
+    }
+}
+
+/// A vmap's window, locked.
+struct LockedWindow<'a>(MutexGuard<'a, Option<Window>>);
+
+impl LockedWindow<'_> {
+    fn fill(&mut self, list: &Kiobuf, first: u64, end: u64) -> Result<()> {
+        match &mut *self.0 {
+            Some(window) => window.fill(list, first, end),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Locks a vmap's window; made, or made anew, if it does not cover the vmap. A vmap without pages needs none.
+fn lock_window<'a>(shared: &EngineShared, core: &'a VmapCore) -> Result<LockedWindow<'a>> {
+    let mut window = core.window.lock().unwrap_or_else(PoisonError::into_inner);
+    let nr_pages = core.nr_pages();
+    if nr_pages > 0 && window.as_ref().is_none_or(|window| window.nr_pages() != nr_pages) {
+        *window = Some(Window::open(&shared.opener, core)?);
+    }
+    Ok(LockedWindow(window))
+}
+
+/// Tells whether the backing object holds a page already.
+pub(crate) fn is_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> bool {
+    let Ok(offset) = i64::try_from(pgoff * page_size() as u64) else { return false };
+    lseek(memfd, offset, Whence::SeekData) == Ok(offset)
+}

@@ -1,0 +1,104 @@
+//! Where the owner of a vmap fills its pages without a region of its own.
+//!
+//! Filling through `pwrite` would race with a fault: between "is it missing?" and the write, the page may have been
+//! installed and changed. UFFDIO_COPY is atomic (EEXIST when the page is there), so the owner fills through it, onto
+//! a mapping that nobody can touch: PROT_NONE, with a userfaultfd of its own that no thread reads.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use memmap2::MmapMut;
+
+use super::core::VmapCore;
+use crate::fork::ledger::Private;
+use crate::kiobuf::{Kiobuf, Nopage};
+use crate::page::page_size;
+use crate::region::mapping::{Mapping, Placement};
+use crate::sys::{Features, Install, Opener, Stop, Userfault};
+use crate::{Error, Result};
+
+/// Pages composed at once when they can't be copied straight from memory.
+const BOUNCE_PAGES: u64 = 64;
+
+/// A mapping of a whole vmap for filling it.
+pub(crate) struct Window {
+    /// Declared before the descriptor: unmapping comes before closing, which would unregister.
+    mapping: Mapping,
+    uffd: Private<Userfault>,
+    bounce: MmapMut,
+    nr_pages: u64,
+}
+
+impl Window {
+    pub(crate) fn open(opener: &Opener, vmap: &VmapCore) -> Result<Window> {
+        let page = page_size();
+        let nr_pages = vmap.nr_pages();
+        let uffd = Private::open(|| opener.open(Features::from_bits(0)).map(|(uffd, _)| uffd))?;
+        let len = usize::try_from(nr_pages).ok().and_then(|n| n.checked_mul(page)).ok_or(Error::Overflow {
+            what: "the size of a vmap in pages",
+            base: nr_pages,
+            len: page as u64,
+        })?;
+        let mapping = Mapping::hidden(vmap.memfd(), len, 0, Placement::Anywhere)?;
+        uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
+        let bounce = MmapMut::map_anon(BOUNCE_PAGES as usize * page).map_err(Error::io("mmap of a bounce buffer"))?;
+        Ok(Window { mapping, uffd, bounce, nr_pages })
+    }
+
+    pub(crate) fn nr_pages(&self) -> u64 {
+        self.nr_pages
+    }
+
+    /// Fills the missing pages of `first..end`; present ones stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoPage`] at the first page that can't be had; those before it are filled.
+    pub(crate) fn fill(&mut self, list: &Kiobuf, first: u64, end: u64) -> Result<()> {
+        let page = page_size() as u64;
+        let mut pgoff = first;
+        while pgoff < end {
+            let dst = self.mapping.addr() + (pgoff * page) as usize;
+            let done = match list.nopage(pgoff) {
+                Nopage::Direct { src, run } => {
+                    let pages = run.end.min(end) - pgoff;
+                    let src = src.wrapping_add(((pgoff - run.start) * page) as usize);
+                    // SAFETY: the list holds `pages` whole pages at `src` and keeps them alive; the destination is
+                    // this window, of which no Rust value is a part.
+                    let install = unsafe { self.uffd.copy(dst, src, (pages * page) as usize) };
+                    progress(install, pgoff, pages)?
+                }
+                Nopage::Read { run, .. } => {
+                    let pages = (run.end.min(end) - pgoff).min(BOUNCE_PAGES);
+                    let bytes = (pages * page) as usize;
+                    let buf = &mut self.bounce[..bytes];
+                    catch_unwind(AssertUnwindSafe(|| list.read_pages(pgoff, buf)))
+                        .map_err(|_| Error::NoPage { pgoff, why: "its source panicked".into() })?
+                        .map_err(|failure| Error::NoPage { pgoff, why: failure.to_string() })?;
+                    // SAFETY: `bytes` bytes of the bounce buffer, which the kernel only reads.
+                    let install = unsafe { self.uffd.copy(dst, self.bounce.as_ptr(), bytes) };
+                    progress(install, pgoff, pages)?
+                }
+                Nopage::Zero { run } => {
+                    let pages = run.end.min(end) - pgoff;
+                    progress(self.uffd.zeropage(dst, (pages * page) as usize), pgoff, pages)?
+                }
+                Nopage::Sigbus(why) => return Err(Error::NoPage { pgoff, why: why.to_string() }),
+            };
+            pgoff += done;
+        }
+        Ok(())
+    }
+}
+
+/// Says how many pages from `pgoff` on are present after an ioctl over `pages` pages. A page that stops it is either
+/// there already, or tried again alone, where the kernel names the reason.
+fn progress(install: Install, pgoff: u64, pages: u64) -> Result<u64> {
+    let done = (install.bytes / page_size()) as u64;
+    match install.stop {
+        None => Ok(pages),
+        Some(Stop::Present) => Ok(done + 1),
+        Some(_) if done > 0 => Ok(done),
+        Some(Stop::Changing) => Ok(0),
+        Some(stop) => Err(Error::NoPage { pgoff, why: stop.to_string() }),
+    }
+}
