@@ -223,6 +223,8 @@ impl Handler {
     /// Continues after a panic: every fault is answered by SIGBUS from now on.
     pub(crate) fn retire(&mut self) {
         self.retired = true;
+        // Commands whose ring was heard before the panic still wait.
+        self.bell.ring();
     }
 
     /// How long to wait for news: for ever, unless something is to be tried again.
