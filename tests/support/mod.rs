@@ -1,0 +1,143 @@
+//! What the tests share: processes of their own, deadlines, touches that survive SIGBUS, and lists to touch.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+pub(crate) mod touch;
+
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use kiomap::{Kiobuf, page_size};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork};
+
+/// Longer than anything here takes on a busy two-core machine; shorter than anyone's patience.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+const ALONE: &str = "KIOMAP_TEST_ALONE";
+
+/// Runs the body of the test `name` in a process of its own, which is killed at the deadline: forks then copy no other
+/// test's threads, and a hang is a failure. The test binary is run again with only this test.
+pub(crate) fn alone(name: &str, body: impl FnOnce()) {
+    if std::env::var_os(ALONE).is_some_and(|chosen| chosen == name) {
+        // The kernel ends a process that hangs, whatever its threads do.
+        nix::unistd::alarm::set(DEADLINE.as_secs() as u32);
+        return body();
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture", "--include-ignored", "--test-threads=1"])
+        .env(ALONE, name)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut streams: [Box<dyn Read + Send>; 2] =
+        [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+    let readers = streams.each_mut().map(|stream| {
+        let mut stream = std::mem::replace(stream, Box::new(std::io::empty()));
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            stream.read_to_end(&mut text).unwrap();
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    });
+    let status = child.wait().unwrap();
+    let [out, err] = readers.map(|reader| reader.join().unwrap());
+    assert!(status.success(), "{name} ended with {status}\n--- stdout\n{out}\n--- stderr\n{err}");
+    assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
+    // What was skipped is told by the process that skipped it.
+    for line in err.lines().filter(|line| line.contains("skipped, because")) {
+        eprintln!("{line}");
+    }
+}
+
+/// Says that a test can't run here; shown and countable, never silent.
+#[macro_export]
+macro_rules! skip {
+    ($($why:tt)*) => {{
+        eprintln!("{}: skipped, because {}", std::thread::current().name().unwrap_or("a test"), format_args!($($why)*));
+        return;
+    }};
+}
+
+/// Runs `body` on a thread of its own and fails at the deadline.
+pub(crate) fn within<T: Send + 'static>(deadline: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, outcome) = mpsc::channel();
+    let thread = std::thread::spawn(move || done.send(body()));
+    match outcome.recv_timeout(deadline) {
+        Ok(value) => value,
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("not done within {deadline:?}"),
+        Err(mpsc::RecvTimeoutError::Disconnected) => match thread.join() {
+            Err(panic) => std::panic::resume_unwind(panic),
+            Ok(_) => unreachable!("the thread sends before it ends"),
+        },
+    }
+}
+
+/// Waits until `condition` holds; fails at the deadline.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "not within {DEADLINE:?}: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Forks; the child runs `body` and exits with 0 if it returned, 101 if it panicked.
+pub(crate) fn fork_child(body: impl FnOnce()) -> Pid {
+    // SAFETY: called in tests that run alone; the child uses what a fork leaves usable and then exits at once.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(if outcome.is_ok() { 0 } else { 101 }) }
+        }
+    }
+}
+
+/// Waits for a child and says how it ended.
+pub(crate) fn reap(child: Pid) -> WaitStatus {
+    waitpid(child, None).unwrap()
+}
+
+/// Waits for a child that must have succeeded.
+#[track_caller]
+pub(crate) fn reap_ok(child: Pid) {
+    let status = reap(child);
+    assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+}
+
+/// The byte that [`pages`] puts everywhere into page `n`: never zero.
+pub(crate) fn mark(n: u64) -> u8 {
+    (n % 251) as u8 + 1
+}
+
+/// A list of `nr_pages` pages of memory; page `n` is full of [`mark`]`(n)`.
+pub(crate) fn pages(nr_pages: u64) -> Kiobuf {
+    let bytes = (0..nr_pages).flat_map(|n| std::iter::repeat_n(mark(n), page_size())).collect();
+    let mut list = Kiobuf::new();
+    list.map_bytes(bytes).unwrap();
+    list
+}
+
+/// The open descriptors of this process.
+pub(crate) fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// The threads of this process, by name.
+pub(crate) fn threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect()
+}
+
+/// The mappings of this process that show a vmap.
+pub(crate) fn vmap_mappings() -> Vec<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains("/memfd:kiomap ")).map(str::to_owned).collect()
+}
