@@ -142,11 +142,14 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        let Some(Held { mut ledger, _gate: gate, prepared }) = HELD.take() else { return };
+        let Some(Held { ledger, _gate: gate, prepared }) = HELD.take() else { return };
         ledger.neutralise();
+        // No other thread is here that the locks would keep away.
+        drop(ledger);
+        drop(gate);
         DEPTH.fetch_add(1, Ordering::Relaxed);
         for Prepared { shared, inheritance } in prepared {
-            let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance, &mut ledger)) {
+            let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance)) {
                 Ok(local) => local,
                 Err(error) => Local::Lost { why: error.to_string() },
             };
@@ -154,8 +157,6 @@ extern "C" fn child() {
             // Its last reference may be ours, and its threads are not here: nothing of it may be torn down.
             std::mem::forget(shared);
         }
-        drop(ledger);
-        drop(gate);
     }));
 }
 
@@ -229,12 +230,12 @@ fn read_records(memfd: OwnedFd) -> Result<MmapVec<AreaRecord>> {
 
 /// In the child: maps and registers what it inherits, greets the engine, starts the guard. All or nothing: when any
 /// step fails the engine is told so, takes the count back, and the child has none of the areas.
-fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance, ledger: &mut Ledger) -> Result<Local> {
+fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Local> {
     let Inheritance { records, lifeline } = inheritance;
-    let socket = Arc::new(ledger.adopt(lifeline));
+    let socket = Arc::new(ledger::lock().adopt(lifeline));
     let lifeline = Lifeline::new(Arc::clone(&socket));
     let pid = nix::unistd::getpid().as_raw();
-    let attempt = map_all(shared, &records, ledger);
+    let attempt = map_all(shared, &records);
     let outcome = attempt.and_then(|(uffd, mappings)| {
         let pidfd = open_pidfd(pid)?;
         let guard = guard::Guard {
@@ -253,8 +254,6 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance, ledger: &mut L
         Err(error) => {
             let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, &[]);
             reserve(&records);
-            // Dropping it takes the ledger's lock, which is held.
-            std::mem::forget(lifeline);
             Err(error)
         }
     }
@@ -277,8 +276,8 @@ fn reserve(records: &[AreaRecord]) {
 
 type Reattached = (Arc<Private<crate::sys::Userfault>>, Vec<Mapping>);
 
-fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], ledger: &mut Ledger) -> Result<Reattached> {
-    let (uffd, _) = shared.opener.open(shared.features)?;
+fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
+    let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
     let mut mappings = Vec::with_capacity(records.len());
     for record in records {
         let vmap =
@@ -292,7 +291,7 @@ fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], ledger: &mut Ledg
         // The child's copy of the table holds it too; one reference must outlive the child's handles.
         std::mem::forget(vmap);
     }
-    Ok((Arc::new(ledger.adopt(uffd)), mappings))
+    Ok((Arc::new(uffd), mappings))
 }
 
 /// Opens a pidfd: readable when the process has exited.

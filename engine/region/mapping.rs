@@ -11,6 +11,7 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect, munmap};
 
+use crate::fork::depth;
 use crate::{Error, Result};
 
 /// Where a mapping shall lie.
@@ -22,11 +23,13 @@ pub(crate) enum Placement {
     At(usize),
 }
 
-/// A shared mapping; unmapped when dropped.
+/// A shared mapping; unmapped when dropped by the process that made it.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     addr: usize,
     len: usize,
+    /// A forked child has a copy of this value but not the mapping: its addresses may be anything there.
+    depth: u32,
 }
 
 impl Mapping {
@@ -60,7 +63,7 @@ impl Mapping {
             (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
             (Err(errno), _) => return Err(Error::sys("mmap of a vmap")(errno)),
         };
-        let mapping = Mapping { addr, len };
+        let mapping = Mapping { addr, len, depth: depth() };
         if let Placement::At(wanted) = placement
             && wanted != addr
         {
@@ -100,7 +103,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        unmap(self.addr, self.len);
+        if self.depth == depth() {
+            unmap(self.addr, self.len);
+        }
     }
 }
 

@@ -92,10 +92,16 @@ pub(crate) struct ReadBuffer(pub(crate) MmapMut);
 
 /// Pages to be read by a worker.
 pub(crate) struct ReadJob {
+    /// Dropped by the worker: it may be the last to hold what the list keeps alive.
+    pub(crate) list: Kiobuf,
+    pub(crate) order: ReadOrder,
+}
+
+/// What is to be read, for which fault, into what.
+pub(crate) struct ReadOrder {
     pub(crate) space: SpaceId,
     pub(crate) vmap: u64,
     pub(crate) generation: u64,
-    pub(crate) list: Kiobuf,
     /// The pages to read, all of one extent.
     pub(crate) pages: Range<u64>,
     /// The address that faulted; its page is one of them.
@@ -103,15 +109,15 @@ pub(crate) struct ReadJob {
     pub(crate) buffer: ReadBuffer,
 }
 
-impl ReadJob {
+impl ReadOrder {
     /// The fault that it is for.
     pub(crate) fn fault(&self) -> Fault {
         Fault { space: self.space, addr: self.addr, tid: 0, retries: 0, alone: false }
     }
 }
 
-/// A finished [`ReadJob`].
+/// A [`ReadOrder`] that was carried out.
 pub(crate) struct ReadDone {
-    pub(crate) job: ReadJob,
+    pub(crate) order: ReadOrder,
     pub(crate) outcome: Result<(), Errno>,
 }

@@ -227,7 +227,13 @@ impl EngineBuilder {
         }
         let shared = Arc::clone(&engine.shared);
         engine.start(Role::Callback, move || callbacks::run(&shared, &notices))?;
-        engine.start(Role::Keeper, move || keeper.run())?;
+        let shared = Arc::clone(&engine.shared);
+        engine.start(Role::Keeper, move || {
+            // What a page list kept alive may be dropped there: a panic of it must not end the counting.
+            while catch_unwind(AssertUnwindSafe(|| keeper.run())).is_err() {
+                add(&shared.counters.panics, 1);
+            }
+        })?;
         let (shared, cpu) = (Arc::clone(&engine.shared), self.handler_cpu);
         engine.start(Role::Fault, move || {
             run_handler(&mut handler, cpu);
@@ -315,9 +321,13 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown.
+    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::WouldDeadlock`] when
+    /// called while a thread of the engine drops what a page list kept alive.
     pub fn settle(&self) -> Result<()> {
         self.owner_only("settling counts")?;
+        if threads::current_role(self.shared.id) == Some(Role::Keeper) {
+            return Err(Error::WouldDeadlock { what: "settling counts", thread: "keeper" });
+        }
         self.shared.handler.ask(|reply| Command::Barrier { reply })?;
         super::call::call(|reply| self.shared.keeper.send(Request::Settle { reply })).ok_or(Error::Shutdown)
     }
@@ -345,12 +355,18 @@ impl Engine {
         }
         // From here on the fault-handling thread only guards, as long as a region is left; then it ends.
         let _ = self.shared.handler.ask(|reply| Command::Retire { reply });
-        super::call::call(|reply| self.shared.keeper.send(Request::DropPeers { reply }));
+        let role = threads::current_role(self.shared.id);
+        if role == Some(Role::Keeper) {
+            // What a page list kept alive is dropped there, and may own this engine: the keeper can't wait for itself.
+            self.shared.keeper.send(Request::DropPeers { reply: None });
+        } else {
+            super::call::call(|reply| self.shared.keeper.send(Request::DropPeers { reply: Some(reply) }));
+        }
         // The thread looks whether it is done after each command.
         let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
         let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        if own_areas == 0 && threads::current_role(self.shared.id).is_none() {
+        if own_areas == 0 && role.is_none() {
             for thread in threads {
                 // A panic of a thread was caught and counted inside.
                 let _ = thread.join();
@@ -383,7 +399,13 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // In a forked child, or after a shutdown, there is nothing to do.
+        if self.shared.is_child() {
+            // The threads are not here; what their handles name in this process may be other threads.
+            let threads = self.threads.get_mut().unwrap_or_else(PoisonError::into_inner);
+            std::mem::forget(std::mem::take(threads));
+            return;
+        }
+        // After a shutdown there is nothing to do.
         let _ = self.shutdown(Shutdown::Poison);
     }
 }

@@ -338,15 +338,15 @@ impl Handler {
     }
 
     fn install_finished_reads(&mut self) {
-        while let Ok(ReadDone { job, outcome }) = self.done.try_recv() {
-            match self.index_of(job.space) {
+        while let Ok(ReadDone { order, outcome }) = self.done.try_recv() {
+            match self.index_of(order.space) {
                 Some(index) if !self.retired => {
-                    let (fault, answer) = self.resolver.finish_read(&self.spaces[index], job, outcome);
+                    let (fault, answer) = self.resolver.finish_read(&self.spaces[index], order, outcome);
                     self.follow(fault, answer);
                 }
                 _ => {
-                    let fault = job.fault();
-                    self.resolver.discard(job);
+                    let fault = order.fault();
+                    self.resolver.discard(order);
                     self.answer(fault);
                 }
             }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, TrySendError};
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
@@ -41,7 +41,7 @@ pub(crate) enum Request {
     /// Answers when every post before it is counted.
     Settle { reply: Ticket<()> },
     /// Lets go of every child: their guards take over.
-    DropPeers { reply: Ticket<()> },
+    DropPeers { reply: Option<Ticket<()>> },
 }
 
 /// How other threads reach the keeper.
@@ -80,9 +80,14 @@ impl KeeperHandle {
 
     /// From the fault-handling thread: neither waits nor allocates; gives the post back when it does not fit.
     pub(crate) fn try_post(&self, post: Post) -> std::result::Result<(), Post> {
-        self.posts.try_send(post).map_err(crossbeam_channel::TrySendError::into_inner)?;
-        self.bell.ring();
-        Ok(())
+        match self.posts.try_send(post) {
+            Err(TrySendError::Full(post)) => Err(post),
+            // The keeper ends after this thread: nobody is left to tell.
+            Err(TrySendError::Disconnected(_)) | Ok(()) => {
+                self.bell.ring();
+                Ok(())
+            }
+        }
     }
 }
 
@@ -181,7 +186,9 @@ impl Keeper {
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();
                     spaces.into_iter().for_each(|space| self.part_with(space));
-                    reply.answer(());
+                    if let Some(reply) = reply {
+                        reply.answer(());
+                    }
                 }
             }
         }

@@ -70,7 +70,7 @@ impl EngineShared {
         self.child.store(true, Ordering::Release);
         let before =
             std::mem::replace(&mut *self.local.write().unwrap_or_else(PoisonError::into_inner), Arc::new(local));
-        // It owns descriptors whose ledger is locked by the fork handler; they were neutralised.
+        // The parent's threads, which are not here, hold it too: what is in it belongs to them.
         std::mem::forget(before);
     }
 

@@ -9,7 +9,7 @@ use memmap2::MmapMut;
 use nix::errno::Errno;
 
 use super::EngineShared;
-use super::command::{ReadBuffer, ReadJob};
+use super::command::{ReadBuffer, ReadJob, ReadOrder};
 use super::stats::add;
 use super::window::around;
 use super::workers::WorkerIds;
@@ -167,16 +167,15 @@ impl Resolver {
         let Some(buffer) = self.buffers.pop() else { return Answer::Later };
         let target = &area.target;
         let claim = Claim { vmap: target.vmap.id, pages: pages.clone() };
-        let job = ReadJob {
+        let order = ReadOrder {
             space: space.id,
             vmap: target.vmap.id,
             generation: target.generation,
-            list: target.list.clone(),
             pages,
             addr: fault.addr,
             buffer,
         };
-        match self.jobs.try_send(job) {
+        match self.jobs.try_send(ReadJob { list: target.list.clone(), order }) {
             Ok(()) => {
                 add(&self.shared.counters.worker_reads, 1);
                 // As many places as buffers were reserved.
@@ -184,20 +183,25 @@ impl Resolver {
                 Answer::Done
             }
             Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
-                // The buffer came from there: its place is free.
-                let _ = self.buffers.try_push(job.buffer);
+                // The buffer came from there: its place is free. The area holds the list too.
+                let _ = self.buffers.try_push(job.order.buffer);
                 Answer::Later
             }
         }
     }
 
     /// Installs what a worker has read; answers with the fault that it was read for.
-    pub(crate) fn finish_read(&mut self, space: &Space, job: ReadJob, outcome: Result<(), Errno>) -> (Fault, Answer) {
+    pub(crate) fn finish_read(
+        &mut self,
+        space: &Space,
+        order: ReadOrder,
+        outcome: Result<(), Errno>,
+    ) -> (Fault, Answer) {
         // A neighbour's failure is not this page's: read it alone then.
-        let alone = outcome.is_err() && job.pages.end - job.pages.start > 1;
-        let fault = Fault { alone, ..job.fault() };
-        let installed = if alone { None } else { self.install_read(space, &job, &fault, outcome) };
-        self.discard(job);
+        let alone = outcome.is_err() && order.pages.end - order.pages.start > 1;
+        let fault = Fault { alone, ..order.fault() };
+        let installed = if alone { None } else { self.install_read(space, &order, &fault, outcome) };
+        self.discard(order);
         // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
         let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
         (fault, answer)
@@ -207,7 +211,7 @@ impl Resolver {
     fn install_read(
         &mut self,
         space: &Space,
-        job: &ReadJob,
+        order: &ReadOrder,
         fault: &Fault,
         outcome: Result<(), Errno>,
     ) -> Option<Answer> {
@@ -215,7 +219,7 @@ impl Resolver {
         let area = space.table.find(fault.addr)?;
         let pgoff = area.pgoff_of(fault.addr);
         let target = &area.target;
-        if target.vmap.id != job.vmap || target.generation != job.generation || !job.pages.contains(&pgoff) {
+        if target.vmap.id != order.vmap || target.generation != order.generation || !order.pages.contains(&pgoff) {
             return None;
         }
         if outcome.is_err() {
@@ -223,18 +227,18 @@ impl Resolver {
             return Some(self.poison(space, uffd, fault.addr));
         }
         // The area may have been trimmed meanwhile.
-        let window = around(self.fault_around_pages, area, &job.pages, pgoff);
-        let skipped = (window.start - job.pages.start) as usize * page_size();
-        let source = Source::Memory(job.buffer.0[skipped..].as_ptr());
+        let window = around(self.fault_around_pages, area, &order.pages, pgoff);
+        let skipped = (window.start - order.pages.start) as usize * page_size();
+        let source = Source::Memory(order.buffer.0[skipped..].as_ptr());
         Some(self.install(space, uffd, fault, pgoff, window, source))
     }
 
-    /// Takes a job's buffer and claim back.
-    pub(crate) fn discard(&mut self, job: ReadJob) {
-        if let Some(index) = self.claims.iter().position(|c| c.vmap == job.vmap && c.pages == job.pages) {
+    /// Takes an order's buffer and claim back.
+    pub(crate) fn discard(&mut self, order: ReadOrder) {
+        if let Some(index) = self.claims.iter().position(|c| c.vmap == order.vmap && c.pages == order.pages) {
             self.claims.swap_remove(index);
         }
-        let _ = self.buffers.try_push(job.buffer);
+        let _ = self.buffers.try_push(order.buffer);
     }
 
     /// Installs the pages of `window`, which the fault's page `pgoff` is one of; present neighbours are passed over.

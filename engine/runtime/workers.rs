@@ -29,11 +29,14 @@ pub(crate) fn run(
     bell: &Bell,
 ) {
     ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
-    while let Ok(mut job) = jobs.recv() {
-        let bytes = (job.pages.end - job.pages.start) as usize * page_size();
-        let list = job.list.clone();
-        let read = catch_unwind(AssertUnwindSafe(|| list.read_pages(job.pages.start, &mut job.buffer.0[..bytes])));
+    while let Ok(ReadJob { list, mut order }) = jobs.recv() {
+        let bytes = (order.pages.end - order.pages.start) as usize * page_size();
+        let read = catch_unwind(AssertUnwindSafe(|| list.read_pages(order.pages.start, &mut order.buffer.0[..bytes])));
         drop(list);
+        if shared.is_child() {
+            // The source forked and returned in the child: nothing of this loop belongs to it.
+            return;
+        }
         // The failure itself may own memory, which is to be freed here and not by the fault-handling thread.
         let outcome = match read {
             Ok(outcome) => outcome.map_err(|failure| failure.errno()),
@@ -42,7 +45,7 @@ pub(crate) fn run(
                 Err(Errno::EIO)
             }
         };
-        if done.send(ReadDone { job, outcome }).is_err() {
+        if done.send(ReadDone { order, outcome }).is_err() {
             return;
         }
         bell.ring();
