@@ -1,6 +1,39 @@
-//! Pages memory in on demand: a page list in, shared memory out, SIGBUS at the edges.
-
-#![warn(clippy::all)]
+//! A userfaultfd-based paging engine: a page list in, shared memory out, SIGBUS at the edges.
+//!
+//! - A [`Kiobuf`] lists pages: memory, ranges of files, a [`PageSource`], zeros, holes.
+//! - An [`Engine`] publishes it as a [`Vmap`]: shared memory with a count of attached areas and a deref callback.
+//! - [`Vmap::attach`] maps it: a [`Region`]. Nothing is there until it is touched. A touch gets exactly the right bytes,
+//!   or SIGBUS for a page that can't be had.
+//! - Forked processes inherit every region, share its pages, and are counted.
+//!
+//! ```
+//! use kiomap::{Arena, AttachOptions, Engine, Kiobuf};
+//!
+//! # fn main() -> kiomap::Result<()> {
+//! let mut heap = Arena::new(100)?;
+//! heap.fill(0xff);
+//! let mut list = Kiobuf::new();
+//! list.map_kernel(heap)?;
+//!
+//! let engine = Engine::new()?;
+//! let vmap = engine.vmap(&list)?;
+//! let region = vmap.attach(&AttachOptions::new())?;
+//! let mut bytes = [0; 4];
+//! region.read_at(12345, &mut bytes)?;
+//! assert_eq!(bytes, [0xff; 4]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The library never prints, never aborts, and installs no signal handler. Its threads block every signal. It installs
+//! fork handlers (`pthread_atfork`) when the first engine is built.
+//!
+//! # Safety of what is mapped
+//!
+//! Other processes may write to a region at any time, so its bytes are not a Rust slice unless the caller knows better
+//! ([`Region::as_slice`] is unsafe). [`Region::read_at`], [`Region::write_at`] and the atomics are safe. A touch of a page
+//! that can't be had raises SIGBUS, whose default action ends the process: the length of a region and the holes of a list
+//! are the caller's to respect.
 
 mod error;
 mod fork;
@@ -23,3 +56,8 @@ pub use sys::{
     range_ioctls,
 };
 pub use vmap::{Revoke, Vmap, VmapBuilder};
+
+/// The example of the README, compiled and run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
