@@ -39,9 +39,11 @@ mod error;
 mod fork;
 mod kiobuf;
 mod page;
+mod process;
 mod region;
 mod runtime;
 mod space;
+mod stats;
 mod sys;
 mod vmap;
 
@@ -50,7 +52,7 @@ pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock, Page
 pub use page::page_size;
 pub use region::{AttachOptions, Region, Sharing};
 pub use runtime::engine::{Engine, EngineBuilder, FAULT_AROUND_MAX_PAGES, Shutdown, WORKERS_MAX};
-pub use runtime::stats::{SpaceStats, Stats};
+pub use stats::{SpaceStats, Stats};
 pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,
     range_ioctls,

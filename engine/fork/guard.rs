@@ -10,8 +10,8 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::ledger::Private;
 use crate::page::{page_floor, page_size};
+use crate::process::ledger::Private;
 use crate::sys::{Message, MsgBuffer, Stop, Userfault};
 
 /// The lowest address that the kernel lets a range of UFFDIO_WAKE begin at on any configuration (`mmap_min_addr`).

@@ -4,8 +4,8 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::ledger::Private;
 use super::wire::{self, Ask, Reply};
+use crate::process::ledger::Private;
 use crate::sys::Userfault;
 use crate::{Error, Result};
 

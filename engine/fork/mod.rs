@@ -14,60 +14,40 @@
 //! A child of a raw `clone` or `vfork` runs no handlers: it has no mapping of a region, rather than a wrong one.
 
 pub(crate) mod guard;
-pub(crate) mod ledger;
 pub(crate) mod link;
+pub(crate) mod records;
 pub(crate) mod wire;
 
 use std::cell::RefCell;
-use std::fs::File;
-use std::io::Read;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLockWriteGuard, Weak};
 
 use nix::errno::Errno;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::page::page_size;
-use crate::region::mapping::{Mapping, Placement};
-use crate::runtime::EngineShared;
-use crate::runtime::command::{Command, Forked};
-use crate::runtime::keeper::Request;
+use crate::process::ledger::{self, Ledger, Private};
+use crate::process::mapping::{Mapping, Placement};
+use crate::process::{close_gate, descend, gate, open_pidfd};
+use crate::runtime::children::fork_space;
+use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::space::mmap_vec::MmapVec;
-use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
-use crate::sys::MsgBuffer;
+use crate::space::{AreaRecord, OWN_SPACE};
+use crate::sys::{MsgBuffer, Userfault};
 use crate::{Error, Result};
-use ledger::{Ledger, Private};
 use link::{Lifeline, Local};
+use records::read_records;
 use wire::{Ask, Reply};
 
 /// Messages that a guard reads at once.
 const GUARD_MESSAGES: usize = 16;
 
-/// Held for reading by whoever holds, for a moment, a lock that a child needs, or changes what a child inherits;
-/// for writing over a fork.
-static GATE: RwLock<()> = RwLock::new(());
 /// The engines of this process, and those that it inherited.
 static ENGINES: Mutex<Vec<Weak<EngineShared>>> = Mutex::new(Vec::new());
-
-/// How many forks lie between this process and the first that used this library.
-static DEPTH: AtomicU32 = AtomicU32::new(0);
-
-/// Tells processes apart: a child's depth is its parent's plus one.
-pub(crate) fn depth() -> u32 {
-    DEPTH.load(Ordering::Relaxed)
-}
-
-/// Keeps forks away. Never held while waiting for another thread.
-pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
-    GATE.read().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Enters an engine, so that children inherit its areas. Installs the fork handlers, once per process.
 pub(crate) fn enter(shared: &Arc<EngineShared>) -> Result<()> {
@@ -123,7 +103,7 @@ thread_local! {
 extern "C" fn prepare() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
         let prepared = engines().into_iter().map(|shared| Prepared { inheritance: inherit(&shared), shared }).collect();
-        let gate = GATE.write().unwrap_or_else(PoisonError::into_inner);
+        let gate = close_gate();
         let ledger = ledger::lock();
         HELD.set(Some(Held { ledger, _gate: gate, prepared }));
     }));
@@ -147,7 +127,7 @@ extern "C" fn child() {
         // No other thread is here that the locks would keep away.
         drop(ledger);
         drop(gate);
-        DEPTH.fetch_add(1, Ordering::Relaxed);
+        descend();
         for Prepared { shared, inheritance } in prepared {
             let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance)) {
                 Ok(local) => local,
@@ -182,50 +162,6 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
         }
         Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
     }
-}
-
-/// In the engine's process: makes the space of a child of `parent`, and gives its lifeline to the keeper.
-pub(crate) fn fork_space(
-    shared: &Arc<EngineShared>,
-    parent: SpaceId,
-    lifeline: Private<OwnedFd>,
-) -> Result<MmapVec<AreaRecord>> {
-    let counters = shared.new_space_counters();
-    let child = Arc::clone(&counters);
-    let Forked { records, outcome } =
-        shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
-    outcome.map_err(Error::sys("making room for a child's areas"))?;
-    shared.keeper.send(Request::Nascent { counters, lifeline });
-    Ok(records)
-}
-
-/// Writes records into a memfd: the answer to a child that forks, of any length, in one message.
-pub(crate) fn write_records(records: &[AreaRecord]) -> Result<OwnedFd> {
-    let memfd = memfd_create(c"kiomap-areas", MFdFlags::MFD_CLOEXEC)
-        .map_err(Error::sys("memfd_create for the areas of a child"))?;
-    let file = File::from(memfd);
-    let mut bytes = Vec::with_capacity(size_of_val(records));
-    for r in records {
-        for word in [r.start, r.len, r.pgoff, r.region, r.vmap, r.flags] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
-        }
-    }
-    file.write_all_at(&bytes, 0).map_err(Error::io("writing the areas of a child"))?;
-    Ok(file.into())
-}
-
-fn read_records(memfd: OwnedFd) -> Result<MmapVec<AreaRecord>> {
-    let mut bytes = Vec::new();
-    File::from(memfd).read_to_end(&mut bytes).map_err(Error::io("reading the areas of a child"))?;
-    let mut records = MmapVec::new();
-    for chunk in bytes.chunks_exact(AreaRecord::BYTES) {
-        let mut words = chunk.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
-        let mut next = || words.next().unwrap_or(0);
-        let record =
-            AreaRecord { start: next(), len: next(), pgoff: next(), region: next(), vmap: next(), flags: next() };
-        records.try_push(record).map_err(|(_, errno)| Error::sys("mmap for the areas of a child")(errno))?;
-    }
-    Ok(records)
 }
 
 /// In the child: maps and registers what it inherits, greets the engine, starts the guard. All or nothing: when any
@@ -274,7 +210,7 @@ fn reserve(records: &[AreaRecord]) {
     }
 }
 
-type Reattached = (Arc<Private<crate::sys::Userfault>>, Vec<Mapping>);
+type Reattached = (Arc<Private<Userfault>>, Vec<Mapping>);
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
     let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
@@ -292,16 +228,4 @@ fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattac
         std::mem::forget(vmap);
     }
     Ok((Arc::new(uffd), mappings))
-}
-
-/// Opens a pidfd: readable when the process has exited.
-pub(crate) fn open_pidfd(pid: libc::pid_t) -> Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: a plain system call; the descriptor that it returns is new and close-on-exec.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    match Errno::result(fd) {
-        // SAFETY: as above: nobody else owns it.
-        Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
-        Err(errno) => Err(Error::sys("pidfd_open (Linux 5.3)")(errno)),
-    }
 }

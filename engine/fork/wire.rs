@@ -10,8 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
-use crate::runtime::command::{PIECES_PER_ANSWER, Pieces};
-use crate::space::AreaRecord;
+use crate::space::{AreaRecord, PIECES_PER_ANSWER, Pieces};
 
 /// "kiomap" and the version of the frames.
 const MAGIC: u64 = 0x6b69_6f6d_6170_0001;

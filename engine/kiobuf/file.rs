@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::read::{ReadFailure, TryRead};
+use super::outcome::{ReadFailure, TryRead};
 use crate::error::{Error, Result};
 
 /// The ioctl that asks a block device for its bytes: `stat` says zero for one.

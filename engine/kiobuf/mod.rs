@@ -18,6 +18,7 @@ mod map;
 mod maps;
 mod memory;
 mod nopage;
+mod outcome;
 mod read;
 mod source;
 #[cfg(test)]
@@ -28,7 +29,7 @@ pub use arena::Arena;
 pub use extent::{ExtentInfo, ExtentKind};
 pub use lock::{LockWait, PageLock};
 pub(crate) use nopage::Nopage;
-pub(crate) use read::TryRead;
+pub(crate) use outcome::TryRead;
 pub use source::PageSource;
 
 use extent::{Base, Extent, add_pages};

@@ -6,15 +6,16 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 
 use super::Region;
-use super::mapping::{Mapping, Placement};
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::fork::{depth, gate};
 use crate::page::{is_aligned, page_size, pages_for};
-use crate::runtime::EngineShared;
-use crate::runtime::keeper::{NewArea, insert};
+use crate::process::mapping::{Mapping, Placement};
+use crate::process::{depth, gate};
+use crate::runtime::insert::{NewArea, insert};
+use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
+use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
 use crate::{Error, Result};
 
@@ -111,6 +112,34 @@ impl AttachOptions {
     }
 }
 
+impl Vmap {
+    /// Maps the vmap, or a part of it, into this process (`mmap_kiobuf`).
+    ///
+    /// Waits while a deref callback of this vmap is due or running, unless called from it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
+    /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
+    /// [`Error::AddressTaken`]; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with `ENOMEM` for want of
+    /// address space or mappings. Mappings, count and registrations are then as before.
+    pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
+        attach(&self.core, &self.shared, options, None)
+    }
+
+    /// As [`Vmap::attach`], and calls `transition` with whether this is the first area, before any other attach of
+    /// this vmap can be counted: what it changes is changed together with the count.
+    ///
+    /// In a forked child, where the count lives in another process, other processes' attaches are not held off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vmap::attach`]; [`Error::WouldDeadlock`] for an attach to the same vmap from within `transition`.
+    pub fn attach_with(&self, options: &AttachOptions, transition: impl FnOnce(bool)) -> Result<Region> {
+        attach(&self.core, &self.shared, options, Some(Box::new(transition)))
+    }
+}
+
 /// What is to be mapped, validated.
 struct Plan {
     len: usize,
@@ -156,7 +185,7 @@ impl Plan {
 type Transition<'a> = Box<dyn FnOnce(bool) + 'a>;
 
 /// Attaches, all or nothing. The count is the last step but the table's; each step undoes itself when a later fails.
-pub(crate) fn attach(
+fn attach(
     core: &Arc<VmapCore>,
     shared: &Arc<EngineShared>,
     options: &AttachOptions,

@@ -1,18 +1,17 @@
 //! The noun `Region`: one attachment of a vmap, mapped into this process.
 
-pub(crate) mod access;
-pub(crate) mod attach;
-pub(crate) mod mapping;
+mod access;
+mod attach;
 
 use std::sync::Arc;
 
 pub use attach::{AttachOptions, Sharing};
 
-use crate::fork::depth;
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::runtime::EngineShared;
+use crate::process::{depth, mapping};
 use crate::runtime::command::Command;
+use crate::runtime::shared::EngineShared;
 use crate::space::OWN_SPACE;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
@@ -68,7 +67,7 @@ impl Region {
 
     /// Returns the vmap that is attached.
     pub fn vmap(&self) -> Vmap {
-        Vmap::from_parts(Arc::clone(&self.core), Arc::clone(&self.shared))
+        Vmap { core: Arc::clone(&self.core), shared: Arc::clone(&self.shared) }
     }
 
     /// Checks that the region is there in this process: always, except in a forked child that was not to inherit it,

@@ -1,11 +1,12 @@
-//! The one way to wake a thread that waits in `epoll_wait`: an eventfd.
+//! What the engine's threads wait in, and the one way to wake them: epoll and an eventfd.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::fork::ledger::Private;
+use crate::process::ledger::Private;
 
 /// An eventfd that any thread rings and one thread hears.
 #[derive(Debug)]
@@ -32,5 +33,20 @@ impl Bell {
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// An epoll instance, as something with a descriptor number.
+pub(crate) struct EpollFd(pub(crate) Epoll);
+
+impl AsRawFd for EpollFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.0.as_fd().as_raw_fd()
+    }
+}
+
+impl EpollFd {
+    pub(crate) fn open() -> Result<Private<EpollFd>, Errno> {
+        Private::open(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map(EpollFd))
     }
 }

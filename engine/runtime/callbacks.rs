@@ -5,19 +5,10 @@ use std::sync::{Arc, PoisonError};
 
 use crossbeam_channel::Receiver;
 
-use super::EngineShared;
-use super::keeper::Request;
-use super::stats::add;
-use crate::vmap::Vmap;
-use crate::vmap::core::VmapCore;
-
-/// What the callback thread is told.
-pub(crate) enum Notice {
-    /// The last area of a vmap is gone.
-    Deref(Arc<VmapCore>),
-    /// No area is left and none will come.
-    End,
-}
+use super::handles::Request;
+use super::shared::EngineShared;
+use crate::stats::add;
+use crate::vmap::core::{Notice, VmapCore};
 
 /// Runs callbacks until told to end.
 pub(crate) fn run(shared: &Arc<EngineShared>, notices: &Receiver<Notice>) {
@@ -41,8 +32,7 @@ fn run_one(shared: &Arc<EngineShared>, core: &Arc<VmapCore>) {
         (slot.callback.take(), slot.version)
     };
     let Some(mut callback) = callback else { return };
-    let vmap = Vmap::from_parts(Arc::clone(core), Arc::clone(shared));
-    if catch_unwind(AssertUnwindSafe(|| callback(&vmap))).is_err() {
+    if catch_unwind(AssertUnwindSafe(|| callback(core))).is_err() {
         add(&shared.counters.panics, 1);
     }
     let mut slot = slot();

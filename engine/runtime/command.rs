@@ -7,38 +7,15 @@ use memmap2::MmapMut;
 use nix::errno::Errno;
 
 use super::call::Ticket;
-use super::resolve::Fault;
-use super::stats::SpaceCounters;
-use crate::fork::ledger::Private;
+use super::fault::Fault;
 use crate::kiobuf::Kiobuf;
+use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, InsertError};
-use crate::space::{AreaRecord, Space, SpaceId, Target};
+use crate::space::{AreaRecord, Pieces, Space, SpaceId, Target};
+use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::Contents;
-
-/// At most this many pieces of a region are told in one answer.
-pub(crate) const PIECES_PER_ANSWER: usize = 8;
-
-/// Some of the ranges that a region still consists of.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Pieces {
-    pub(crate) ranges: [(usize, usize); PIECES_PER_ANSWER],
-    pub(crate) len: usize,
-}
-
-impl Pieces {
-    pub(crate) fn as_slice(&self) -> &[(usize, usize)] {
-        &self.ranges[..self.len]
-    }
-
-    pub(crate) fn push(&mut self, start: usize, end: usize) {
-        if let Some(slot) = self.ranges.get_mut(self.len) {
-            *slot = (start, end);
-            self.len += 1;
-        }
-    }
-}
 
 /// The child's half of a fork, as the fault-handling thread sees it.
 pub(crate) struct Forked {

@@ -9,19 +9,22 @@ use std::thread::JoinHandle;
 use crossbeam_channel::Receiver;
 
 use super::bell::Bell;
-use super::callbacks::Notice;
 use super::command::{Command, Post};
-use super::handler::{self, Handler, Parts};
-use super::keeper::{Keeper, Request};
-use super::stats::{Counters, SpaceCounters, SpaceStats, Stats, add};
+use super::handler::{Handler, Parts};
+use super::handles::{self, Request};
+use super::keeper::Keeper;
+use super::shared::EngineShared;
 use super::threads::{self, Role};
-use super::{EngineShared, callbacks, keeper, workers};
-use crate::fork::ledger::Private;
+use super::{callbacks, workers};
+use crate::fork;
 use crate::fork::link::Local;
-use crate::fork::{self, open_pidfd};
 use crate::kiobuf::Kiobuf;
+use crate::process::ledger::Private;
+use crate::process::open_pidfd;
 use crate::space::OWN_SPACE;
+use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats, add};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
+use crate::vmap::core::Notice;
 use crate::vmap::registry::Registry;
 use crate::vmap::{Vmap, VmapBuilder};
 use crate::{Error, Result};
@@ -147,7 +150,7 @@ impl EngineBuilder {
         let uffd = Arc::new(uffd);
         let (commands, command_inbox) = crossbeam_channel::bounded(COMMANDS);
         let handler_bell = Arc::new(Bell::new().map_err(Error::sys("eventfd for the fault-handling thread"))?);
-        let (keeper_handle, keeper_inbox) = keeper::channel().map_err(Error::sys("eventfd for the keeper"))?;
+        let (keeper_handle, keeper_inbox) = handles::keeper_channel().map_err(Error::sys("eventfd for the keeper"))?;
         let keeper_handle = Arc::new(keeper_handle);
         let (notices, notice_inbox) = crossbeam_channel::unbounded();
         let own = Arc::new(SpaceCounters {
@@ -163,7 +166,7 @@ impl EngineBuilder {
             owner_pidfd: open_pidfd(nix::unistd::getpid().as_raw())?,
             local: RwLock::new(Arc::new(Local::Owner { uffd: Arc::clone(&uffd) })),
             child: AtomicBool::new(false),
-            handler: handler::handle(commands, command_inbox.clone(), Arc::clone(&handler_bell)),
+            handler: handles::handler_handle(commands, command_inbox.clone(), Arc::clone(&handler_bell)),
             keeper: Arc::clone(&keeper_handle),
             notices: notices.clone(),
             vmaps: Registry::default(),

@@ -5,25 +5,26 @@
 //! allocator's lock, or any other, while it waits for this one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use crossbeam_channel::{Receiver, Sender};
 use memmap2::MmapMut;
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
-use super::EngineShared;
-use super::bell::Bell;
-use super::command::{Command, Forked, Pieces, Post, ReadBuffer, ReadDone, ReadJob};
-use super::keeper::KeeperHandle;
-use super::resolve::{Answer, Fault, Resolver};
-use super::stats::{SpaceCounters, add};
+use super::bell::{Bell, EpollFd};
+use super::command::{Command, Forked, Post, ReadBuffer, ReadDone, ReadJob};
+use super::fault::Fault;
+use super::handles::KeeperHandle;
+use super::resolve::{Answer, Resolver};
+use super::shared::EngineShared;
 use super::workers::WorkerIds;
-use crate::fork::ledger::Private;
 use crate::page::{page_floor, page_size};
+use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, AreaTable, Change, InsertError};
-use crate::space::{AreaRecord, OWN_SPACE, Space, SpaceId, Target};
+use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
+use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
 
@@ -60,64 +61,6 @@ pub(crate) struct Handler {
     idle_rounds: u32,
 }
 
-/// An epoll instance, as something with a descriptor number.
-pub(crate) struct EpollFd(pub(crate) Epoll);
-
-impl std::os::fd::AsRawFd for EpollFd {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        use std::os::fd::AsFd;
-        self.0.0.as_fd().as_raw_fd()
-    }
-}
-
-impl EpollFd {
-    pub(crate) fn open() -> std::result::Result<Private<EpollFd>, Errno> {
-        Private::open(|| Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map(EpollFd))
-    }
-}
-
-/// How other threads reach the fault-handling thread.
-pub(crate) struct HandlerHandle {
-    commands: Sender<Command>,
-    /// To drop what nobody will obey any more.
-    unheard: Receiver<Command>,
-    bell: Arc<Bell>,
-    closed: AtomicBool,
-}
-
-impl HandlerHandle {
-    /// Sends a command; when the thread has ended the command is dropped, and its ticket tells the asker.
-    pub(crate) fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok() {
-            self.bell.ring();
-        }
-        // A command that was sent after the thread took its last look would lie there for ever. Either this finds
-        // the flag, or the command was there when `close` drained.
-        if self.closed.load(Ordering::SeqCst) {
-            self.drop_unheard();
-        }
-    }
-
-    /// Called when the thread has ended: whoever waits for an answer is told.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
-        self.drop_unheard();
-    }
-
-    fn drop_unheard(&self) {
-        self.unheard.try_iter().for_each(drop);
-    }
-
-    /// Asks and waits for the answer.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Shutdown`] when the thread has ended.
-    pub(crate) fn ask<R: Send>(&self, command: impl FnOnce(super::call::Ticket<R>) -> Command) -> Result<R> {
-        super::call::call(|ticket| self.send(command(ticket))).ok_or(Error::Shutdown)
-    }
-}
-
 /// What the handler needs of its surroundings.
 pub(crate) struct Parts {
     pub(crate) shared: Arc<EngineShared>,
@@ -131,11 +74,6 @@ pub(crate) struct Parts {
     pub(crate) workers: WorkerIds,
     pub(crate) fault_around_pages: usize,
     pub(crate) read_buffers: usize,
-}
-
-/// Makes the sending side of the handler's commands.
-pub(crate) fn handle(commands: Sender<Command>, unheard: Receiver<Command>, bell: Arc<Bell>) -> HandlerHandle {
-    HandlerHandle { commands, unheard, bell, closed: AtomicBool::new(false) }
 }
 
 impl Handler {

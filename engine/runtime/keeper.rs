@@ -7,89 +7,29 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError};
+use crossbeam_channel::Sender;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
-use super::EngineShared;
-use super::bell::Bell;
-use super::call::Ticket;
-use super::callbacks::Notice;
+use super::bell::EpollFd;
+use super::children::fork_space;
 use super::command::{Command, Post};
-use super::handler::EpollFd;
-use super::stats::{SpaceCounters, add};
-use crate::fork::ledger::{self, Private};
+use super::handles::{Inbox, Request};
+use super::insert::{NewArea, insert};
+use super::shared::EngineShared;
+use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
-use crate::fork::{fork_space, write_records};
 use crate::page::{is_aligned, page_size};
-use crate::space::table::{Area, InsertError};
-use crate::space::{AreaRecord, SpaceId, Target};
+use crate::process::ledger::{self, Private};
+use crate::space::{AreaRecord, SpaceId};
+use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
-use crate::vmap::core::{Contents, Opened, VmapCore};
+use crate::vmap::core::{Notice, Opened};
 use crate::{Error, Result};
 
 const BELL_TOKEN: u64 = u64::MAX;
 /// A child that closed its lifeline itself is looked at this often: nothing tells when it execs.
 const ORPHAN_LOOK_MS: u16 = 100;
-
-/// What other threads of the engine's process ask of the keeper.
-pub(crate) enum Request {
-    /// A child is about to be forked; this is the engine's end of its lifeline.
-    Nascent { counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd> },
-    /// A deref callback has run: attaches that waited for it may go on.
-    RetryDeferred,
-    /// Answers when every post before it is counted.
-    Settle { reply: Ticket<()> },
-    /// Lets go of every child: their guards take over.
-    DropPeers { reply: Option<Ticket<()>> },
-}
-
-/// How other threads reach the keeper.
-pub(crate) struct KeeperHandle {
-    requests: Sender<Request>,
-    posts: Sender<Post>,
-    bell: Arc<Bell>,
-}
-
-/// The receiving side.
-pub(crate) struct Inbox {
-    requests: Receiver<Request>,
-    posts: Receiver<Post>,
-    bell: Arc<Bell>,
-}
-
-/// Posts that may wait at once; more wait in the fault-handling thread.
-const POSTS: usize = 1024;
-
-pub(crate) fn channel() -> std::result::Result<(KeeperHandle, Inbox), Errno> {
-    let bell = Arc::new(Bell::new()?);
-    // Unbounded: a fork handler sends to it while it holds what the keeper may be waiting for.
-    let (requests, request_inbox) = crossbeam_channel::unbounded();
-    let (posts, post_inbox) = crossbeam_channel::bounded(POSTS);
-    let handle = KeeperHandle { requests, posts, bell: Arc::clone(&bell) };
-    Ok((handle, Inbox { requests: request_inbox, posts: post_inbox, bell }))
-}
-
-impl KeeperHandle {
-    /// Sends a request; when the keeper has ended it is dropped, and its ticket tells the asker.
-    pub(crate) fn send(&self, request: Request) {
-        if self.requests.send(request).is_ok() {
-            self.bell.ring();
-        }
-    }
-
-    /// From the fault-handling thread: neither waits nor allocates; gives the post back when it does not fit.
-    pub(crate) fn try_post(&self, post: Post) -> std::result::Result<(), Post> {
-        match self.posts.try_send(post) {
-            Err(TrySendError::Full(post)) => Err(post),
-            // The keeper ends after this thread: nobody is left to tell.
-            Err(TrySendError::Disconnected(_)) | Ok(()) => {
-                self.bell.ring();
-                Ok(())
-            }
-        }
-    }
-}
 
 /// A forked process.
 struct Peer {
@@ -372,36 +312,4 @@ impl Keeper {
         }
         drop(peer);
     }
-}
-
-/// An area that is to be served.
-pub(crate) struct NewArea {
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    pub(crate) pgoff: u64,
-    pub(crate) region: u64,
-    pub(crate) writable: bool,
-    pub(crate) inherit: bool,
-}
-
-/// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment.
-pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
-    let NewArea { start, end, pgoff, region, writable, inherit } = new;
-    let Contents { list, generation } = vmap.contents();
-    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), generation, inherit };
-    let area = Area { start, end, pgoff, region, writable, leaving: false, target };
-    match shared.handler.ask(|reply| Command::Insert { space, area, reply })? {
-        Ok(()) => {}
-        Err(InsertError::Overlap(_)) => return Err(Error::AddressTaken { addr: start, len: end - start }),
-        Err(InsertError::NoMemory(_, Errno::ESHUTDOWN)) => return Err(Error::Shutdown),
-        Err(InsertError::NoMemory(_, errno)) => return Err(Error::sys("mmap for the area table")(errno)),
-    }
-    let now = vmap.contents();
-    if now.generation != generation {
-        // It was exchanged meanwhile, perhaps everywhere else before this area was there.
-        let (vmap, contents) = (vmap.id, now.clone());
-        // When the engine has ended, nothing is served from either.
-        let _ = shared.handler.ask(|reply| Command::SetList { vmap, contents, reply });
-    }
-    Ok(())
 }

@@ -3,99 +3,16 @@
 pub(crate) mod bell;
 pub(crate) mod call;
 pub(crate) mod callbacks;
+pub(crate) mod children;
 pub(crate) mod command;
 pub(crate) mod engine;
+pub(crate) mod fault;
 pub(crate) mod handler;
+pub(crate) mod handles;
+pub(crate) mod insert;
 pub(crate) mod keeper;
 pub(crate) mod resolve;
-pub(crate) mod stats;
+pub(crate) mod shared;
 pub(crate) mod threads;
 pub(crate) mod window;
 pub(crate) mod workers;
-
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-
-use crossbeam_channel::Sender;
-
-use crate::fork::gate;
-use crate::fork::link::Local;
-use crate::sys::{Features, OpenWay, Opener};
-use crate::vmap::registry::Registry;
-use callbacks::Notice;
-use handler::HandlerHandle;
-use keeper::KeeperHandle;
-use stats::{Counters, SpaceCounters};
-
-/// What an engine's threads and handles share. In a forked child it is a copy in which only `local`, `opener`,
-/// `vmaps` and the plain values mean anything: the threads stayed in the parent.
-pub(crate) struct EngineShared {
-    pub(crate) id: u64,
-    pub(crate) opener: Opener,
-    pub(crate) way: OpenWay,
-    pub(crate) features: Features,
-    /// Readable when the process that created the engine has exited. Children inherit it.
-    pub(crate) owner_pidfd: OwnedFd,
-    /// How this process reaches the engine; exchanged in a forked child.
-    local: RwLock<Arc<Local>>,
-    child: AtomicBool,
-    pub(crate) handler: HandlerHandle,
-    pub(crate) keeper: Arc<KeeperHandle>,
-    pub(crate) notices: Sender<Notice>,
-    pub(crate) vmaps: Registry,
-    pub(crate) counters: Counters,
-    spaces: Mutex<Vec<Arc<SpaceCounters>>>,
-    next_space: AtomicU64,
-    next_region: AtomicU64,
-    next_vmap: AtomicU64,
-    /// No attach, no fill any more.
-    pub(crate) retired: AtomicBool,
-}
-
-impl EngineShared {
-    /// How this process reaches the engine.
-    pub(crate) fn local(&self) -> Arc<Local> {
-        let _gate = gate();
-        Arc::clone(&self.local.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Tells whether this process inherited the engine by fork.
-    pub(crate) fn is_child(&self) -> bool {
-        self.child.load(Ordering::Acquire)
-    }
-
-    /// In a forked child, in its fork handler: exchanges the way to the engine.
-    pub(crate) fn become_child(&self, local: Local) {
-        self.child.store(true, Ordering::Release);
-        let before =
-            std::mem::replace(&mut *self.local.write().unwrap_or_else(PoisonError::into_inner), Arc::new(local));
-        // The parent's threads, which are not here, hold it too: what is in it belongs to them.
-        std::mem::forget(before);
-    }
-
-    pub(crate) fn new_space_counters(&self) -> Arc<SpaceCounters> {
-        let id = self.next_space.fetch_add(1, Ordering::Relaxed);
-        Arc::new(SpaceCounters { id, ..SpaceCounters::default() })
-    }
-
-    pub(crate) fn new_region_id(&self) -> u64 {
-        self.next_region.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(crate) fn new_vmap_id(&self) -> u64 {
-        self.next_vmap.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(crate) fn spaces(&self) -> MutexGuard<'_, Vec<Arc<SpaceCounters>>> {
-        self.spaces.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn spaces_push(&self, counters: Arc<SpaceCounters>) {
-        self.spaces().push(counters);
-    }
-
-    pub(crate) fn spaces_remove(&self, id: u64) {
-        self.spaces().retain(|counters| counters.id != id);
-    }
-}

@@ -8,16 +8,17 @@ use crossbeam_channel::{Sender, TrySendError};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 
-use super::EngineShared;
 use super::command::{ReadBuffer, ReadJob, ReadOrder};
-use super::stats::add;
+use super::fault::Fault;
+use super::shared::EngineShared;
 use super::window::around;
 use super::workers::WorkerIds;
 use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
-use crate::space::{Space, SpaceId, Target};
+use crate::space::{Space, Target};
+use crate::stats::add;
 use crate::sys::{Install, Stop, Userfault};
 use crate::vmap::is_resident;
 
@@ -25,20 +26,6 @@ use crate::vmap::is_resident;
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
 /// Tries at a page of which the kernel says that it is not mapped, although no event said so.
 const UNMAPPED_RETRIES: u32 = 16;
-
-/// A fault that was read and not answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fault {
-    pub(crate) space: SpaceId,
-    /// The start of the page.
-    pub(crate) addr: usize,
-    /// The thread that touched; 0 when unknown.
-    pub(crate) tid: i32,
-    /// How often it was put off.
-    pub(crate) retries: u32,
-    /// Its page is to be installed without neighbours: with them it failed.
-    pub(crate) alone: bool,
-}
 
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use crossbeam_channel::{Receiver, Sender};
 use nix::errno::Errno;
 
-use super::EngineShared;
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
-use super::stats::add;
+use super::shared::EngineShared;
 use crate::page::page_size;
+use crate::stats::add;
 
 /// The thread ids of the workers, as a fault message names them.
 pub(crate) type WorkerIds = Arc<[AtomicI32]>;

@@ -7,9 +7,9 @@ pub(crate) mod table;
 
 use std::sync::Arc;
 
-use crate::fork::ledger::Private;
 use crate::kiobuf::Kiobuf;
-use crate::runtime::stats::SpaceCounters;
+use crate::process::ledger::Private;
+use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::VmapCore;
 use table::AreaTable;
@@ -76,6 +76,29 @@ impl AreaRecord {
             region: area.region,
             vmap: area.target.vmap.id,
             flags: AreaRecord::flags(area.writable, area.target.inherit),
+        }
+    }
+}
+
+/// At most this many pieces of a region are told in one answer.
+pub(crate) const PIECES_PER_ANSWER: usize = 8;
+
+/// Some of the ranges that a region still consists of.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pieces {
+    pub(crate) ranges: [(usize, usize); PIECES_PER_ANSWER],
+    pub(crate) len: usize,
+}
+
+impl Pieces {
+    pub(crate) fn as_slice(&self) -> &[(usize, usize)] {
+        &self.ranges[..self.len]
+    }
+
+    pub(crate) fn push(&mut self, start: usize, end: usize) {
+        if let Some(slot) = self.ranges.get_mut(self.len) {
+            *slot = (start, end);
+            self.len += 1;
         }
     }
 }

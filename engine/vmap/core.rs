@@ -15,14 +15,20 @@ use crossbeam_channel::Sender;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::Vmap;
 use super::window::Window;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
-use crate::runtime::callbacks::Notice;
 use crate::{Error, Result};
 
-pub(crate) type DerefFn = Box<dyn FnMut(&Vmap) + Send>;
+pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
+
+/// What the callback thread is told.
+pub(crate) enum Notice {
+    /// The last area of a vmap is gone.
+    Deref(Arc<VmapCore>),
+    /// No area is left and none will come.
+    End,
+}
 
 /// The page list of a vmap, and how often it was exchanged.
 #[derive(Clone, Debug)]

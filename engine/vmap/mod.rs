@@ -18,9 +18,8 @@ use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::kiobuf::{ExtentKind, Kiobuf};
 use crate::page::page_size;
-use crate::region::{AttachOptions, Region};
-use crate::runtime::EngineShared;
 use crate::runtime::command::Command;
+use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::{Error, Result};
 use core::{DerefFn, VmapCore};
@@ -36,8 +35,8 @@ const FILL_STEP_PAGES: u64 = 512;
 /// lives as long as a handle or a region does.
 #[derive(Clone)]
 pub struct Vmap {
-    core: Arc<VmapCore>,
-    shared: Arc<EngineShared>,
+    pub(crate) core: Arc<VmapCore>,
+    pub(crate) shared: Arc<EngineShared>,
 }
 
 /// How much [`Vmap::revoke`] takes back.
@@ -71,7 +70,7 @@ impl VmapBuilder {
     /// and counted. It must not wait for a thread that attaches to the same vmap.
     #[must_use]
     pub fn on_deref(mut self, callback: impl FnMut(&Vmap) + Send + 'static) -> Self {
-        self.on_deref = Some(Box::new(callback));
+        self.on_deref = Some(with_handle(&self.shared, callback));
         self
     }
 
@@ -107,6 +106,12 @@ impl VmapBuilder {
     }
 }
 
+/// Makes a callback that is called with a handle.
+fn with_handle(shared: &Arc<EngineShared>, mut callback: impl FnMut(&Vmap) + Send + 'static) -> DerefFn {
+    let shared = Arc::clone(shared);
+    Box::new(move |core| callback(&Vmap { core: Arc::clone(core), shared: Arc::clone(&shared) }))
+}
+
 fn owner_only(shared: &EngineShared, what: &'static str) -> Result<()> {
     if shared.is_child() {
         return Err(Error::NotOwner { what });
@@ -135,10 +140,6 @@ fn refuse_own_memory(list: &Kiobuf) -> Result<()> {
 }
 
 impl Vmap {
-    pub(crate) fn from_parts(core: Arc<VmapCore>, shared: Arc<EngineShared>) -> Vmap {
-        Vmap { core, shared }
-    }
-
     /// Returns the number of pages of the list.
     pub fn nr_pages(&self) -> u64 {
         self.core.nr_pages()
@@ -168,7 +169,7 @@ impl Vmap {
 
     /// Exchanges the deref callback, also while areas are attached; one that is running finishes.
     pub fn set_on_deref(&self, callback: impl FnMut(&Vmap) + Send + 'static) {
-        self.exchange_on_deref(Some(Box::new(callback)));
+        self.exchange_on_deref(Some(with_handle(&self.shared, callback)));
     }
 
     /// Removes the deref callback.
@@ -183,32 +184,6 @@ impl Vmap {
         // Outside the lock: its captures may be anything.
         drop(slot);
         drop(before);
-    }
-
-    /// Maps the vmap, or a part of it, into this process (`mmap_kiobuf`).
-    ///
-    /// Waits while a deref callback of this vmap is due or running, unless called from it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
-    /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
-    /// [`Error::AddressTaken`]; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with `ENOMEM` for want of
-    /// address space or mappings. Mappings, count and registrations are then as before.
-    pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
-        crate::region::attach::attach(&self.core, &self.shared, options, None)
-    }
-
-    /// As [`Vmap::attach`], and calls `transition` with whether this is the first area, before any other attach of
-    /// this vmap can be counted: what it changes is changed together with the count.
-    ///
-    /// In a forked child, where the count lives in another process, other processes' attaches are not held off.
-    ///
-    /// # Errors
-    ///
-    /// As [`Vmap::attach`]; [`Error::WouldDeadlock`] for an attach to the same vmap from within `transition`.
-    pub fn attach_with(&self, options: &AttachOptions, transition: impl FnOnce(bool)) -> Result<Region> {
-        crate::region::attach::attach(&self.core, &self.shared, options, Some(Box::new(transition)))
     }
 
     /// Reads shared contents, without a region: what a process would read at byte `offset` of the vmap.
@@ -403,7 +378,7 @@ fn lock_window<'a>(shared: &EngineShared, core: &'a VmapCore) -> Result<LockedWi
     let mut window = core.window.lock().unwrap_or_else(PoisonError::into_inner);
     let nr_pages = core.nr_pages();
     if nr_pages > 0 && window.as_ref().is_none_or(|window| window.nr_pages() != nr_pages) {
-        *window = Some(Window::open(&shared.opener, core)?);
+        *window = Some(Window::open(&shared.opener, core.memfd(), nr_pages)?);
     }
     Ok(LockedWindow(window))
 }

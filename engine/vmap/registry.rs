@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::core::VmapCore;
-use crate::fork::gate;
+use crate::process::gate;
 
 /// Finds vmaps by id; does not keep them alive.
 #[derive(Debug, Default)]

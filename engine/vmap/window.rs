@@ -4,15 +4,15 @@
 //! installed and changed. UFFDIO_COPY is atomic (EEXIST when the page is there), so the owner fills through it, onto
 //! a mapping that nobody can touch: PROT_NONE, with a userfaultfd of its own that no thread reads.
 
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use memmap2::MmapMut;
 
-use super::core::VmapCore;
-use crate::fork::ledger::Private;
 use crate::kiobuf::{Kiobuf, Nopage};
 use crate::page::page_size;
-use crate::region::mapping::{Mapping, Placement};
+use crate::process::ledger::Private;
+use crate::process::mapping::{Mapping, Placement};
 use crate::sys::{Features, Install, Opener, Stop, Userfault};
 use crate::{Error, Result};
 
@@ -29,16 +29,15 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    pub(crate) fn open(opener: &Opener, vmap: &VmapCore) -> Result<Window> {
+    pub(crate) fn open(opener: &Opener, memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<Window> {
         let page = page_size();
-        let nr_pages = vmap.nr_pages();
         let uffd = Private::open(|| opener.open(Features::from_bits(0)).map(|(uffd, _)| uffd))?;
         let len = usize::try_from(nr_pages).ok().and_then(|n| n.checked_mul(page)).ok_or(Error::Overflow {
             what: "the size of a vmap in pages",
             base: nr_pages,
             len: page as u64,
         })?;
-        let mapping = Mapping::hidden(vmap.memfd(), len, 0, Placement::Anywhere)?;
+        let mapping = Mapping::hidden(memfd, len, 0, Placement::Anywhere)?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
         let bounce = MmapMut::map_anon(BOUNCE_PAGES as usize * page).map_err(Error::io("mmap of a bounce buffer"))?;
         Ok(Window { mapping, uffd, bounce, nr_pages })

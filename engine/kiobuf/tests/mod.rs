@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::nopage::NoPageWhy;
-use super::read::ReadFailure;
+use super::outcome::ReadFailure;
 use super::*;
 use crate::Error;
 use crate::page::page_size;

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect, munmap};
 
-use crate::fork::depth;
+use super::depth;
 use crate::{Error, Result};
 
 /// Where a mapping shall lie.

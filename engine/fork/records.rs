@@ -1,0 +1,42 @@
+//! The areas of a child as a file: an answer of any length in one message.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::space::AreaRecord;
+use crate::space::mmap_vec::MmapVec;
+use crate::{Error, Result};
+
+/// Writes records into a memfd: the answer to a child that forks, of any length, in one message.
+pub(crate) fn write_records(records: &[AreaRecord]) -> Result<OwnedFd> {
+    let memfd = memfd_create(c"kiomap-areas", MFdFlags::MFD_CLOEXEC)
+        .map_err(Error::sys("memfd_create for the areas of a child"))?;
+    let file = File::from(memfd);
+    let mut bytes = Vec::with_capacity(size_of_val(records));
+    for r in records {
+        for word in [r.start, r.len, r.pgoff, r.region, r.vmap, r.flags] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+    }
+    file.write_all_at(&bytes, 0).map_err(Error::io("writing the areas of a child"))?;
+    Ok(file.into())
+}
+
+/// Reads what [`write_records`] wrote.
+pub(crate) fn read_records(memfd: OwnedFd) -> Result<MmapVec<AreaRecord>> {
+    let mut bytes = Vec::new();
+    File::from(memfd).read_to_end(&mut bytes).map_err(Error::io("reading the areas of a child"))?;
+    let mut records = MmapVec::new();
+    for chunk in bytes.chunks_exact(AreaRecord::BYTES) {
+        let mut words = chunk.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
+        let mut next = || words.next().unwrap_or(0);
+        let record =
+            AreaRecord { start: next(), len: next(), pgoff: next(), region: next(), vmap: next(), flags: next() };
+        records.try_push(record).map_err(|(_, errno)| Error::sys("mmap for the areas of a child")(errno))?;
+    }
+    Ok(records)
+}

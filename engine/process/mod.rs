@@ -1,0 +1,50 @@
+//! What the library must know about the process that it runs in: how forks are kept away, which descriptors a child
+//! must not keep, what is mapped.
+
+pub(crate) mod ledger;
+pub(crate) mod mapping;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use nix::errno::Errno;
+
+use crate::{Error, Result};
+
+/// Held for reading by whoever holds, for a moment, a lock that a child needs, or changes what a child inherits;
+/// for writing over a fork.
+static GATE: RwLock<()> = RwLock::new(());
+/// How many forks lie between this process and the first that used this library.
+static DEPTH: AtomicU32 = AtomicU32::new(0);
+
+/// Tells processes apart: a child's depth is its parent's plus one.
+pub(crate) fn depth() -> u32 {
+    DEPTH.load(Ordering::Relaxed)
+}
+
+/// In a forked child: it is one deeper.
+pub(crate) fn descend() {
+    DEPTH.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Keeps forks away. Never held while waiting for another thread.
+pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
+    GATE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until no thread keeps forks away, and lets none until dropped.
+pub(crate) fn close_gate() -> RwLockWriteGuard<'static, ()> {
+    GATE.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Opens a pidfd: readable when the process has exited.
+pub(crate) fn open_pidfd(pid: libc::pid_t) -> Result<OwnedFd> {
+    // SAFETY: a plain system call; the descriptor that it returns is new and close-on-exec.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match Errno::result(fd) {
+        // SAFETY: as above: nobody else owns it.
+        Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
+        Err(errno) => Err(Error::sys("pidfd_open (Linux 5.3)")(errno)),
+    }
+}

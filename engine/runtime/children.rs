@@ -1,0 +1,27 @@
+//! The engine's half of a fork.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::command::{Command, Forked};
+use super::handles::Request;
+use super::shared::EngineShared;
+use crate::process::ledger::Private;
+use crate::space::mmap_vec::MmapVec;
+use crate::space::{AreaRecord, SpaceId};
+use crate::{Error, Result};
+
+/// In the engine's process: makes the space of a child of `parent`, and gives its lifeline to the keeper.
+pub(crate) fn fork_space(
+    shared: &Arc<EngineShared>,
+    parent: SpaceId,
+    lifeline: Private<OwnedFd>,
+) -> Result<MmapVec<AreaRecord>> {
+    let counters = shared.new_space_counters();
+    let child = Arc::clone(&counters);
+    let Forked { records, outcome } =
+        shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
+    outcome.map_err(Error::sys("making room for a child's areas"))?;
+    shared.keeper.send(Request::Nascent { counters, lifeline });
+    Ok(records)
+}

@@ -1,0 +1,17 @@
+//! A fault, from when it is read until it is answered.
+
+use crate::space::SpaceId;
+
+/// A fault that was read and not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) space: SpaceId,
+    /// The start of the page.
+    pub(crate) addr: usize,
+    /// The thread that touched; 0 when unknown.
+    pub(crate) tid: i32,
+    /// How often it was put off.
+    pub(crate) retries: u32,
+    /// Its page is to be installed without neighbours: with them it failed.
+    pub(crate) alone: bool,
+}

@@ -1,0 +1,122 @@
+//! How other threads reach the fault-handling thread and the keeper.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+use nix::errno::Errno;
+
+use super::bell::Bell;
+use super::call::{self, Ticket};
+use super::command::{Command, Post};
+use crate::process::ledger::Private;
+use crate::stats::SpaceCounters;
+use crate::{Error, Result};
+
+/// How other threads reach the fault-handling thread.
+pub(crate) struct HandlerHandle {
+    commands: Sender<Command>,
+    /// To drop what nobody will obey any more.
+    unheard: Receiver<Command>,
+    bell: Arc<Bell>,
+    closed: AtomicBool,
+}
+
+impl HandlerHandle {
+    /// Sends a command; when the thread has ended the command is dropped, and its ticket tells the asker.
+    pub(crate) fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            self.bell.ring();
+        }
+        // A command that was sent after the thread took its last look would lie there for ever. Either this finds
+        // the flag, or the command was there when `close` drained.
+        if self.closed.load(Ordering::SeqCst) {
+            self.drop_unheard();
+        }
+    }
+
+    /// Called when the thread has ended: whoever waits for an answer is told.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.drop_unheard();
+    }
+
+    fn drop_unheard(&self) {
+        self.unheard.try_iter().for_each(drop);
+    }
+
+    /// Asks and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shutdown`] when the thread has ended.
+    pub(crate) fn ask<R: Send>(&self, command: impl FnOnce(Ticket<R>) -> Command) -> Result<R> {
+        call::call(|ticket| self.send(command(ticket))).ok_or(Error::Shutdown)
+    }
+}
+
+/// Makes the sending side of the handler's commands.
+pub(crate) fn handler_handle(commands: Sender<Command>, unheard: Receiver<Command>, bell: Arc<Bell>) -> HandlerHandle {
+    HandlerHandle { commands, unheard, bell, closed: AtomicBool::new(false) }
+}
+
+/// What other threads of the engine's process ask of the keeper.
+pub(crate) enum Request {
+    /// A child is about to be forked; this is the engine's end of its lifeline.
+    Nascent { counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd> },
+    /// A deref callback has run: attaches that waited for it may go on.
+    RetryDeferred,
+    /// Answers when every post before it is counted.
+    Settle { reply: Ticket<()> },
+    /// Lets go of every child: their guards take over.
+    DropPeers { reply: Option<Ticket<()>> },
+}
+
+/// How other threads reach the keeper.
+pub(crate) struct KeeperHandle {
+    requests: Sender<Request>,
+    posts: Sender<Post>,
+    bell: Arc<Bell>,
+}
+
+/// The receiving side.
+pub(crate) struct Inbox {
+    pub(super) requests: Receiver<Request>,
+    pub(super) posts: Receiver<Post>,
+    pub(super) bell: Arc<Bell>,
+}
+
+/// Posts that may wait at once; more wait in the fault-handling thread.
+const POSTS: usize = 1024;
+
+/// Makes both ends of the way to the keeper.
+pub(crate) fn keeper_channel() -> std::result::Result<(KeeperHandle, Inbox), Errno> {
+    let bell = Arc::new(Bell::new()?);
+    // Unbounded: a fork handler sends to it while it holds what the keeper may be waiting for.
+    let (requests, request_inbox) = crossbeam_channel::unbounded();
+    let (posts, post_inbox) = crossbeam_channel::bounded(POSTS);
+    let handle = KeeperHandle { requests, posts, bell: Arc::clone(&bell) };
+    Ok((handle, Inbox { requests: request_inbox, posts: post_inbox, bell }))
+}
+
+impl KeeperHandle {
+    /// Sends a request; when the keeper has ended it is dropped, and its ticket tells the asker.
+    pub(crate) fn send(&self, request: Request) {
+        if self.requests.send(request).is_ok() {
+            self.bell.ring();
+        }
+    }
+
+    /// From the fault-handling thread: neither waits nor allocates; gives the post back when it does not fit.
+    pub(crate) fn try_post(&self, post: Post) -> std::result::Result<(), Post> {
+        match self.posts.try_send(post) {
+            Err(TrySendError::Full(post)) => Err(post),
+            // The keeper ends after this thread: nobody is left to tell.
+            Err(TrySendError::Disconnected(_)) | Ok(()) => {
+                self.bell.ring();
+                Ok(())
+            }
+        }
+    }
+}

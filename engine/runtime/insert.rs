@@ -1,0 +1,44 @@
+//! The last step of an attach: the area is served.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::command::Command;
+use super::shared::EngineShared;
+use crate::space::table::{Area, InsertError};
+use crate::space::{SpaceId, Target};
+use crate::vmap::core::{Contents, VmapCore};
+use crate::{Error, Result};
+
+/// An area that is to be served.
+pub(crate) struct NewArea {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) pgoff: u64,
+    pub(crate) region: u64,
+    pub(crate) writable: bool,
+    pub(crate) inherit: bool,
+}
+
+/// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment.
+pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
+    let NewArea { start, end, pgoff, region, writable, inherit } = new;
+    let Contents { list, generation } = vmap.contents();
+    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), generation, inherit };
+    let area = Area { start, end, pgoff, region, writable, leaving: false, target };
+    match shared.handler.ask(|reply| Command::Insert { space, area, reply })? {
+        Ok(()) => {}
+        Err(InsertError::Overlap(_)) => return Err(Error::AddressTaken { addr: start, len: end - start }),
+        Err(InsertError::NoMemory(_, Errno::ESHUTDOWN)) => return Err(Error::Shutdown),
+        Err(InsertError::NoMemory(_, errno)) => return Err(Error::sys("mmap for the area table")(errno)),
+    }
+    let now = vmap.contents();
+    if now.generation != generation {
+        // It was exchanged meanwhile, perhaps everywhere else before this area was there.
+        let (vmap, contents) = (vmap.id, now.clone());
+        // When the engine has ended, nothing is served from either.
+        let _ = shared.handler.ask(|reply| Command::SetList { vmap, contents, reply });
+    }
+    Ok(())
+}
