@@ -5,16 +5,14 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
-
+use crate::process::new_memfd;
 use crate::space::AreaRecord;
 use crate::space::mmap_vec::MmapVec;
 use crate::{Error, Result};
 
 /// Writes records into a memfd: the answer to a child that forks, of any length, in one message.
 pub(crate) fn write_records(records: &[AreaRecord]) -> Result<OwnedFd> {
-    let memfd = memfd_create(c"kiomap-areas", MFdFlags::MFD_CLOEXEC)
-        .map_err(Error::sys("memfd_create for the areas of a child"))?;
+    let memfd = new_memfd(c"kiomap-areas")?;
     let file = File::from(memfd);
     let mut bytes = Vec::with_capacity(size_of_val(records));
     for r in records {

@@ -4,11 +4,13 @@
 pub(crate) mod ledger;
 pub(crate) mod mapping;
 
+use std::ffi::CStr;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::{Error, Result};
 
@@ -36,6 +38,13 @@ pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
 /// Waits until no thread keeps forks away, and lets none until dropped.
 pub(crate) fn close_gate() -> RwLockWriteGuard<'static, ()> {
     GATE.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes a memfd that can be sealed. It is not executable, as a system may demand (the sysctl `vm.memfd_noexec`).
+pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
+    // The crate does not name the last flag (Linux 6.3).
+    let noexec = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
+    memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | noexec).map_err(Error::sys("memfd_create"))
 }
 
 /// Opens a pidfd: readable when the process has exited.

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::bell::EpollFd;
+use super::call::Ticket;
 use super::children::fork_space;
 use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
@@ -30,6 +31,8 @@ use crate::{Error, Result};
 const BELL_TOKEN: u64 = u64::MAX;
 /// A child that closed its lifeline itself is looked at this often: nothing tells when it execs.
 const ORPHAN_LOOK_MS: u16 = 100;
+/// Rounds of news after which a question whether all is counted is answered, even if more news keep coming.
+const SETTLING_ROUNDS: usize = 1000;
 
 /// A forked process.
 struct Peer {
@@ -38,12 +41,14 @@ struct Peer {
     lifeline: Option<Private<OwnedFd>>,
     /// From its greeting.
     introduced: Option<Introduced>,
+    /// Nothing will tell of its end: it closed its lifeline, or it exited and left its address space to a clone.
+    orphan: bool,
 }
 
 struct Introduced {
     uffd: Arc<Private<Userfault>>,
     /// Held for its epoll registration.
-    _pidfd: Private<OwnedFd>,
+    pidfd: Private<OwnedFd>,
 }
 
 /// The keeper's state.
@@ -55,6 +60,8 @@ pub(crate) struct Keeper {
     peers: HashMap<SpaceId, Peer>,
     /// Attaches of children that wait for a callback.
     deferred: Vec<(SpaceId, AreaRecord)>,
+    /// Who waits for everything up to now to be counted.
+    settling: Vec<Ticket<()>>,
     ended: bool,
 }
 
@@ -73,34 +80,58 @@ impl Keeper {
             .0
             .add(&*inbox.bell, EpollEvent::new(EpollFlags::EPOLLIN, BELL_TOKEN))
             .map_err(Error::sys("epoll_ctl for the keeper's bell"))?;
-        Ok(Keeper { shared, inbox, notices, epoll, peers: HashMap::new(), deferred: Vec::new(), ended: false })
+        Ok(Keeper {
+            shared,
+            inbox,
+            notices,
+            epoll,
+            peers: HashMap::new(),
+            deferred: Vec::new(),
+            settling: Vec::new(),
+            ended: false,
+        })
     }
 
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
-        let mut ready = [EpollEvent::empty(); 32];
         while !self.ended {
-            let orphans = self.peers.values().any(|peer| peer.lifeline.is_none());
+            let orphans = self.peers.values().any(|peer| peer.orphan);
             let pause = if orphans { EpollTimeout::from(ORPHAN_LOOK_MS) } else { EpollTimeout::NONE };
-            let woken = self.epoll.0.wait(&mut ready, pause).unwrap_or(0);
-            for event in &ready[..woken] {
-                match event.data() {
-                    BELL_TOKEN => {
-                        self.inbox.bell.hear();
-                        self.count_posts();
-                        self.obey_requests();
-                    }
-                    token if token % 2 == 0 => self.listen(token / 2),
-                    token => self.look_after(token / 2),
-                }
-            }
-            if woken == 0 && orphans {
+            if self.attend(pause) == 0 && orphans {
                 let orphans: Vec<_> =
-                    self.peers.iter().filter(|(_, peer)| peer.lifeline.is_none()).map(|(&space, _)| space).collect();
+                    self.peers.iter().filter(|(_, peer)| peer.orphan).map(|(&space, _)| space).collect();
                 orphans.into_iter().for_each(|space| self.look_after(space));
+            }
+            if !self.settling.is_empty() {
+                // What the kernel had to report when the question came is reported by now.
+                for _ in 0..SETTLING_ROUNDS {
+                    if self.attend(EpollTimeout::ZERO) == 0 {
+                        break;
+                    }
+                }
+                self.count_posts();
+                self.settling.drain(..).for_each(|reply| reply.answer(()));
             }
         }
         let _ = self.notices.send(Notice::End);
+    }
+
+    /// Waits for news and attends to it; answers how many there were.
+    fn attend(&mut self, pause: EpollTimeout) -> usize {
+        let mut ready = [EpollEvent::empty(); 32];
+        let woken = self.epoll.0.wait(&mut ready, pause).unwrap_or(0);
+        for event in &ready[..woken] {
+            match event.data() {
+                BELL_TOKEN => {
+                    self.inbox.bell.hear();
+                    self.count_posts();
+                    self.obey_requests();
+                }
+                token if token % 2 == 0 => self.listen(token / 2),
+                token => self.exited(token / 2),
+            }
+        }
+        woken
     }
 
     /// Counts what the fault-handling thread saw end.
@@ -119,10 +150,7 @@ impl Keeper {
             match request {
                 Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
                 Request::RetryDeferred => self.retry_deferred(),
-                Request::Settle { reply } => {
-                    self.count_posts();
-                    reply.answer(());
-                }
+                Request::Settle { reply } => self.settling.push(reply),
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();
                     spaces.into_iter().for_each(|space| self.part_with(space));
@@ -139,7 +167,7 @@ impl Keeper {
         let space = counters.id;
         let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
         self.shared.spaces_push(Arc::clone(&counters));
-        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), introduced: None });
+        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), introduced: None, orphan: false });
         if watched.is_err() {
             // Without being watched its end would never be noticed: let it go now; its guard takes over.
             self.part_with(space);
@@ -222,7 +250,7 @@ impl Keeper {
             adopted.unwrap_or(Err(Errno::ESHUTDOWN))
         });
         match handed_over {
-            Ok(()) => peer.introduced = Some(Introduced { uffd, _pidfd: pidfd }),
+            Ok(()) => peer.introduced = Some(Introduced { uffd, pidfd }),
             Err(_) => self.part_with(space),
         }
     }
@@ -282,6 +310,17 @@ impl Keeper {
     fn hung_up(&mut self, space: SpaceId) {
         if let Some(peer) = self.peers.get_mut(&space) {
             peer.lifeline = None;
+            peer.orphan = true;
+            self.look_after(space);
+        }
+    }
+
+    /// The child has exited; a clone of it may still use its address space.
+    fn exited(&mut self, space: SpaceId) {
+        if let Some(Peer { introduced: Some(introduced), orphan, .. }) = self.peers.get_mut(&space) {
+            // Its pidfd stays readable: without this, it would be reported for ever.
+            let _ = self.epoll.0.delete(&*introduced.pidfd);
+            *orphan = true;
             self.look_after(space);
         }
     }
@@ -291,7 +330,8 @@ impl Keeper {
         let Some(peer) = self.peers.get(&space) else { return };
         let gone = match &peer.introduced {
             Some(introduced) => introduced.uffd.liveness() == Liveness::Gone,
-            None => peer.lifeline.is_none(),
+            // It never mapped anything, or told nobody.
+            None => peer.orphan,
         };
         if gone {
             add(&self.shared.counters.processes_gone, 1);

@@ -13,11 +13,11 @@ use std::thread::ThreadId;
 
 use crossbeam_channel::Sender;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::window::Window;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
+use crate::process::new_memfd;
 use crate::{Error, Result};
 
 pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
@@ -95,8 +95,7 @@ impl VmapCore {
         user_data: Option<Box<dyn Any + Send + Sync>>,
         notices: Sender<Notice>,
     ) -> Result<VmapCore> {
-        let memfd = memfd_create(c"kiomap", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
-            .map_err(Error::sys("memfd_create for a vmap"))?;
+        let memfd = new_memfd(c"kiomap")?;
         resize(memfd.as_fd(), list.nr_pages())?;
         let mut seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
         if !expandable {
