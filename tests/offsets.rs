@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, page_size};
 use nix::errno::Errno;
-use support::{alone, assert_sigbus, holes, in_page, mark, pages, read_page, source, touch};
+use support::{alone, assert_sigbus, holes, in_page, mark, pages, read_page, settled_stats, source, touch};
 
 fn whole(nr_pages: u64) -> AttachOptions {
     AttachOptions::new().len_bytes(nr_pages as usize * page_size())
@@ -121,8 +121,8 @@ fn holes_are_sigbus_and_their_neighbours_intact() {
                     assert_eq!(read_page(&region, 2 * n), Ok(expected), "round {round}");
                 }
             }
-            assert_eq!(engine.stats().pages_poisoned, PAIRS);
-            assert_eq!(engine.stats().pages_copied, PAIRS);
+            assert_eq!(settled_stats(&engine).pages_poisoned, PAIRS);
+            assert_eq!(settled_stats(&engine).pages_copied, PAIRS);
         }
     });
 }
@@ -255,7 +255,7 @@ fn sigbus_is_sticky_and_one_signal_a_touch() {
                 assert_sigbus(&region, 0);
             }
         });
-        let stats = engine.stats();
+        let stats = settled_stats(&engine);
         assert_eq!(stats.pages_poisoned, 1);
         assert!(stats.faults <= 201, "{stats:?}");
     });

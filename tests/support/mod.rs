@@ -196,3 +196,9 @@ pub(crate) fn assert_sigbus(region: &kiomap::Region, page: u64) {
     let outcome = touch::read(at);
     assert!(outcome.is_err_and(|refused| refused.is_sigbus_at(at as usize)), "page {page}: {outcome:?}");
 }
+
+/// The counters, after everything that happened so far is counted: a thread that is woken runs before it is counted.
+pub(crate) fn settled_stats(engine: &kiomap::Engine) -> kiomap::Stats {
+    engine.settle().unwrap();
+    engine.stats()
+}
