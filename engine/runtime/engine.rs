@@ -343,9 +343,13 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] when it was shut down before.
+    /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] when it was shut down before;
+    /// [`Error::WouldDeadlock`] when a page source asks to fill on a thread that fills pages already.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
         self.owner_only("a shutdown")?;
+        if how == Shutdown::Fill {
+            crate::vmap::refuse_nested("a shutdown that fills")?;
+        }
         if self.shared.retired.swap(true, Ordering::AcqRel) {
             return Err(Error::Shutdown);
         }

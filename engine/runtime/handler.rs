@@ -161,6 +161,7 @@ impl Handler {
     /// Continues after a panic: every fault is answered by SIGBUS from now on.
     pub(crate) fn retire(&mut self) {
         self.retired = true;
+        self.abandon_reads();
         // Commands whose ring was heard before the panic still wait.
         self.bell.ring();
     }
@@ -196,7 +197,7 @@ impl Handler {
             if !room || self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, unsent, shared, .. } = self;
+            let Handler { spaces, messages, pending, parked, unsent, shared, resolver, .. } = self;
             let space = &mut spaces[index];
             let Some(uffd) = space.uffd.clone() else { return };
             let read = uffd.read(messages, |message| match message {
@@ -205,12 +206,26 @@ impl Handler {
                     add(&shared.counters.write_faults, write.into());
                     space.counters.faults.fetch_add(1, Ordering::Relaxed);
                     let fault = Fault { space: id, addr: page_floor(addr), tid, retries: 0, alone: false };
-                    if !pending.iter().any(|held| held.space == id && held.addr == fault.addr) {
+                    // One answer is for all that wait for the page, except that a worker may be refused.
+                    if resolver.is_worker(tid)
+                        || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
+                    {
                         // There is room: checked above.
                         let _ = pending.try_push(fault);
                     }
                 }
-                event => apply_event(shared, space, &uffd, event, unsent),
+                event => {
+                    let gone = match event {
+                        Message::Unmap { start, end } => start..end,
+                        Message::Remap { from, len, .. } => from..from + len,
+                        _ => 0..0,
+                    };
+                    apply_event(shared, space, &uffd, event, unsent);
+                    // Their threads were woken. Answered later, they might meet another region at the address.
+                    for faults in [&mut *pending, &mut *parked] {
+                        faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
+                    }
+                }
             });
             match read {
                 Ok(0) | Err(_) => return,
@@ -251,7 +266,10 @@ impl Handler {
             Answer::Later => {
                 add(&self.shared.counters.parked, 1);
                 let retries = fault.retries.saturating_add(1);
-                if let Some(held) = self.parked.iter_mut().find(|f| f.space == fault.space && f.addr == fault.addr) {
+                // A worker's fault is not to be taken for another thread's: it must not wait for a worker.
+                let own = self.resolver.is_worker(fault.tid);
+                let covers = |f: &Fault| f.space == fault.space && f.addr == fault.addr && (!own || f.tid == fault.tid);
+                if let Some(held) = self.parked.iter_mut().find(|held| covers(held)) {
                     held.retries = held.retries.max(retries);
                 } else if self.parked.len() < FAULTS_HELD {
                     // Reserved at the start.
@@ -271,6 +289,13 @@ impl Handler {
         for _ in 0..self.parked.len() {
             // From the front; what has to wait again goes to the back.
             let fault = self.parked.remove(0);
+            self.answer(fault);
+        }
+    }
+
+    /// Answers the faults that wait for a worker: its source may never come back.
+    fn abandon_reads(&mut self) {
+        while let Some(fault) = self.resolver.abandon_read() {
             self.answer(fault);
         }
     }
@@ -384,6 +409,7 @@ impl Handler {
             Command::Barrier { reply } => reply.answer(()),
             Command::Retire { reply } => {
                 self.retired = true;
+                self.abandon_reads();
                 reply.answer(());
             }
             #[cfg(test)]

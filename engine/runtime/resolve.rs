@@ -20,7 +20,6 @@ use crate::space::table::Area;
 use crate::space::{Space, Target};
 use crate::stats::add;
 use crate::sys::{Install, Stop, Userfault};
-use crate::vmap::is_resident;
 
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
@@ -42,6 +41,8 @@ pub(crate) enum Answer {
 struct Claim {
     vmap: u64,
     pages: Range<u64>,
+    /// The fault that it is for.
+    fault: Fault,
 }
 
 /// Answers faults. Holds what that takes, made beforehand.
@@ -78,6 +79,11 @@ impl Resolver {
         let Some(area) = space.table.find(fault.addr) else {
             // Not (or no longer) ours. If the range was unmapped the kernel says so and the thread gets SIGSEGV;
             // if it is mapped, nobody knows its bytes.
+            if fault.retries > 0 {
+                // But this is old news: a region that is being attached may have the address by now. If the page is
+                // still asked for, there will be a new message.
+                return self.wake(uffd, fault.addr);
+            }
             add(&self.shared.counters.strays, 1);
             return self.poison(space, uffd, fault.addr);
         };
@@ -112,20 +118,16 @@ impl Resolver {
         window: Range<u64>,
     ) -> Answer {
         let pgoff = area.pgoff_of(fault.addr);
-        let vmap = &area.target.vmap;
-        if self.claims.iter().any(|claim| claim.vmap == vmap.id && claim.pages.contains(&pgoff)) {
+        let vmap = area.target.vmap.id;
+        if self.claims.iter().any(|claim| claim.vmap == vmap && claim.pages.contains(&pgoff)) {
             // Being read. When it is installed, this thread is woken or finds the page present.
-            return Answer::Later;
+            return if self.is_worker(fault.tid) { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
         }
-        if fault.retries > 0 && is_resident(vmap.memfd(), pgoff) {
-            // Installed meanwhile, perhaps in another space: only this mapping of it is missing.
-            return match uffd.r#continue(fault.addr, page_size()).stop {
-                None => Answer::Done,
-                Some(Stop::Changing) => Answer::Later,
-                Some(Stop::Gone) => Answer::Gone,
-                // Mapped meanwhile, or punched out again: the retried touch finds out.
-                Some(_) => self.wake(uffd, fault.addr),
-            };
+        // Installed meanwhile, perhaps in another space: then only this mapping of it is missing.
+        if fault.retries > 0
+            && let Some(answer) = self.map_resident(uffd, fault.addr)
+        {
+            return answer;
         }
         let bytes = (window.end - window.start) as usize * page_size();
         match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
@@ -141,19 +143,26 @@ impl Resolver {
                 add(&self.shared.counters.source_errors, 1);
                 self.poison(space, uffd, fault.addr)
             }
-            TryRead::WouldBlock if self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid) => {
-                // A worker that waits for a worker may wait for ever.
-                add(&self.shared.counters.self_faults, 1);
-                self.poison(space, uffd, fault.addr)
-            }
+            TryRead::WouldBlock if self.is_worker(fault.tid) => self.refuse_worker(space, uffd, fault),
             TryRead::WouldBlock => self.hand_to_worker(space, area, fault, window),
         }
+    }
+
+    /// Tells whether a thread is one of the workers.
+    pub(crate) fn is_worker(&self, tid: i32) -> bool {
+        self.workers.iter().any(|id| id.load(Ordering::Relaxed) == tid)
+    }
+
+    /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
+    fn refuse_worker(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        add(&self.shared.counters.self_faults, 1);
+        self.poison(space, uffd, fault.addr)
     }
 
     fn hand_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
         let Some(buffer) = self.buffers.pop() else { return Answer::Later };
         let target = &area.target;
-        let claim = Claim { vmap: target.vmap.id, pages: pages.clone() };
+        let claim = Claim { vmap: target.vmap.id, pages: pages.clone(), fault: *fault };
         let order = ReadOrder {
             space: space.id,
             vmap: target.vmap.id,
@@ -177,6 +186,11 @@ impl Resolver {
         }
     }
 
+    /// Takes out the fault of a read that is under way, which is then nobody's to answer but the caller's.
+    pub(crate) fn abandon_read(&mut self) -> Option<Fault> {
+        self.claims.pop().map(|claim| claim.fault)
+    }
+
     /// Installs what a worker has read; answers with the fault that it was read for.
     pub(crate) fn finish_read(
         &mut self,
@@ -186,7 +200,7 @@ impl Resolver {
     ) -> (Fault, Answer) {
         // A neighbour's failure is not this page's: read it alone then.
         let alone = outcome.is_err() && order.pages.end - order.pages.start > 1;
-        let fault = Fault { alone, ..order.fault() };
+        let fault = Fault { alone, retries: 1, ..order.fault() };
         let installed = if alone { None } else { self.install_read(space, &order, &fault, outcome) };
         self.discard(order);
         // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
@@ -294,8 +308,27 @@ impl Resolver {
         add(if matches!(source, Source::Zeros) { &counters.pages_zeroed } else { &counters.pages_copied }, pages);
     }
 
-    /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space.
+    /// Maps a page that the backing object holds already; `None` if it does not hold it.
+    ///
+    /// Asked by trying: lseek(SEEK_DATA) would take the object's lock, which a write(2) to it holds while it waits for
+    /// this very thread to bring the bytes to be written.
+    fn map_resident(&self, uffd: &Userfault, addr: usize) -> Option<Answer> {
+        match uffd.r#continue(addr, page_size()).stop {
+            None => Some(Answer::Done),
+            Some(Stop::BadSource) => None,
+            Some(Stop::Changing | Stop::NoMemory) => Some(Answer::Later),
+            Some(Stop::Gone) => Some(Answer::Gone),
+            // Mapped meanwhile, or not mapped any more: the retried touch finds out.
+            Some(_) => Some(self.wake(uffd, addr)),
+        }
+    }
+
+    /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space; unless it came to be
+    /// resident meanwhile, by the owner's own writing or before its list was taken back.
     fn poison(&mut self, space: &Space, uffd: &Userfault, addr: usize) -> Answer {
+        if let Some(answer) = self.map_resident(uffd, addr) {
+            return answer;
+        }
         let Install { stop, .. } = uffd.poison(addr, page_size());
         match stop {
             None => {

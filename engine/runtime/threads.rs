@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::thread::JoinHandle;
 
-use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
 use crate::{Error, Result};
 
@@ -35,6 +35,10 @@ impl Role {
     }
 }
 
+/// The signals that an instruction of a thread raises for that thread.
+const SYNCHRONOUS: [Signal; 6] =
+    [Signal::SIGBUS, Signal::SIGSEGV, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS];
+
 thread_local! {
     static ROLE: Cell<Option<(Role, u64)>> = const { Cell::new(None) };
 }
@@ -44,11 +48,18 @@ pub(crate) fn current_role(engine: u64) -> Option<Role> {
     ROLE.get().filter(|(_, id)| *id == engine).map(|(role, _)| role)
 }
 
-/// Starts a thread of engine `engine`. It blocks every signal, so that no handler of the application runs on it and
-/// no system call of it is interrupted; the caller's mask is left as it was.
+/// Starts a thread of engine `engine`. It blocks signals, so that no handler of the application runs on it and no
+/// system call of it is interrupted; the caller's mask is left as it was.
+///
+/// Where code of the application runs, what that code itself raises stays open: the kernel ends a process that raises
+/// SIGBUS or SIGSEGV while it is blocked, whatever handler the application has for it.
 pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let mut blocked = SigSet::all();
+    if !matches!(role, Role::Fault | Role::Guard) {
+        SYNCHRONOUS.into_iter().for_each(|signal| blocked.remove(signal));
+    }
     let mut before = SigSet::empty();
-    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&blocked), Some(&mut before))
         .map_err(Error::sys("blocking signals for a thread of the engine"))?;
     let spawned = std::thread::Builder::new().name(role.name().to_owned()).stack_size(512 << 10).spawn(move || {
         ROLE.set(Some((role, engine)));

@@ -12,7 +12,6 @@ use std::sync::{Arc, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard}
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{pread, pwrite};
-use nix::unistd::{Whence, lseek};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
@@ -23,7 +22,7 @@ use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::{Error, Result};
 use core::{DerefFn, VmapCore};
-use window::Window;
+use window::{Window, is_resident};
 
 /// Pages filled in one step when a whole vmap is filled.
 const FILL_STEP_PAGES: u64 = 512;
@@ -193,7 +192,7 @@ impl Vmap {
     /// # Errors
     ///
     /// [`Error::Invalid`] when the range ends past the list; [`Error::NoPage`] for a page that can't be had;
-    /// [`Error::NotOwner`], [`Error::Shutdown`], [`Error::Sys`]. `buf` then holds unspecified bytes.
+    /// [`Error::WouldDeadlock`] in a page source; [`Error::NotOwner`], [`Error::Shutdown`], [`Error::Sys`]. `buf` then holds unspecified bytes.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let _contents = self.make_resident(offset, buf.len())?;
         let mut done = 0;
@@ -234,6 +233,7 @@ impl Vmap {
         if threads::current_role(self.shared.id) == Some(Role::Worker) {
             return Err(Error::WouldDeadlock { what: "reading or writing a vmap", thread: "worker" });
         }
+        refuse_nested("reading or writing a vmap")?;
         let page = page_size() as u64;
         let in_use = self.core.in_use.read().unwrap_or_else(PoisonError::into_inner);
         let list = self.core.contents().list;
@@ -246,7 +246,7 @@ impl Vmap {
         let (mut pgoff, end) = (offset / page, end.div_ceil(page));
         let mut window = lock_window(&self.shared, &self.core)?;
         while pgoff < end {
-            match window.fill(&list, pgoff, end) {
+            match window.fill(&list, self.core.memfd(), pgoff, end) {
                 Ok(()) => break,
                 // Not in the list any more, but still here: a soft revoke leaves resident pages.
                 Err(Error::NoPage { pgoff: at, .. }) if is_resident(self.core.memfd(), at) => pgoff = at + 1,
@@ -265,6 +265,7 @@ impl Vmap {
     /// [`VmapBuilder::build`] otherwise. The list is then as before.
     pub fn expand(&self, tail: &Kiobuf) -> Result<()> {
         owner_only(&self.shared, "expanding a vmap")?;
+        refuse_nested("expanding a vmap")?;
         if !self.core.expandable {
             return Err(Error::Invalid {
                 what: "the vmap's capacity in pages",
@@ -293,8 +294,14 @@ impl Vmap {
     /// [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
     pub fn revoke(&self, how: Revoke) -> Result<()> {
         owner_only(&self.shared, "revoking a vmap")?;
+        refuse_nested("revoking a vmap")?;
         let in_use = self.exclude_owner_io();
-        let before = self.publish(Kiobuf::new())?;
+        // Holes, so that what is appended later does not take the place of what was taken back.
+        let mut revoked = Kiobuf::new();
+        if self.nr_pages() > 0 {
+            revoked.map_hole(self.nr_pages())?;
+        }
+        let before = self.publish(revoked)?;
         let bytes = self.nr_pages() * page_size() as u64;
         if how == Revoke::Hard && bytes > 0 {
             // Punching drops the pages from every mapping; the next touch faults, and finds nothing in the list.
@@ -341,6 +348,12 @@ impl std::fmt::Debug for Vmap {
     }
 }
 
+/// Refuses what a page source must not ask for while the thread that it is called on fills pages of a vmap, because it
+/// may wait for that filling.
+pub(crate) fn refuse_nested(what: &'static str) -> Result<()> {
+    if window::is_reading() { Err(Error::WouldDeadlock { what, thread: "filling" }) } else { Ok(()) }
+}
+
 /// Fills every page of a vmap that can be had, for a shutdown.
 pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
     let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
@@ -352,7 +365,7 @@ pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
         let mut pgoff = extent.first_page;
         while pgoff < end {
             let step = (pgoff + FILL_STEP_PAGES).min(end);
-            pgoff = match window.fill(&list, pgoff, step) {
+            pgoff = match window.fill(&list, core.memfd(), pgoff, step) {
                 Ok(()) => step,
                 Err(Error::NoPage { pgoff, .. }) => pgoff + 1,
                 Err(_) => return,
@@ -365,9 +378,9 @@ pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
 struct LockedWindow<'a>(MutexGuard<'a, Option<Window>>);
 
 impl LockedWindow<'_> {
-    fn fill(&mut self, list: &Kiobuf, first: u64, end: u64) -> Result<()> {
+    fn fill(&mut self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
         match &mut *self.0 {
-            Some(window) => window.fill(list, first, end),
+            Some(window) => window.fill(list, memfd, first, end),
             None => Ok(()),
         }
     }
@@ -381,10 +394,4 @@ fn lock_window<'a>(shared: &EngineShared, core: &'a VmapCore) -> Result<LockedWi
         *window = Some(Window::open(&shared.opener, core.memfd(), nr_pages)?);
     }
     Ok(LockedWindow(window))
-}
-
-/// Tells whether the backing object holds a page already.
-pub(crate) fn is_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> bool {
-    let Ok(offset) = i64::try_from(pgoff * page_size() as u64) else { return false };
-    lseek(memfd, offset, Whence::SeekData) == Ok(offset)
 }

@@ -4,10 +4,12 @@
 //! installed and changed. UFFDIO_COPY is atomic (EEXIST when the page is there), so the owner fills through it, onto
 //! a mapping that nobody can touch: PROT_NONE, with a userfaultfd of its own that no thread reads.
 
+use std::cell::Cell;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use memmap2::MmapMut;
+use nix::unistd::{Whence, lseek};
 
 use crate::kiobuf::{Kiobuf, Nopage};
 use crate::page::page_size;
@@ -52,9 +54,11 @@ impl Window {
     /// # Errors
     ///
     /// [`Error::NoPage`] at the first page that can't be had; those before it are filled.
-    pub(crate) fn fill(&mut self, list: &Kiobuf, first: u64, end: u64) -> Result<()> {
+    pub(crate) fn fill(&mut self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
         let page = page_size() as u64;
         let mut pgoff = first;
+        // Up to here pages are read one by one: together they failed.
+        let mut alone_until = first;
         while pgoff < end {
             let dst = self.mapping.addr() + (pgoff * page) as usize;
             let done = match list.nopage(pgoff) {
@@ -67,12 +71,22 @@ impl Window {
                     progress(install, pgoff, pages)?
                 }
                 Nopage::Read { run, .. } => {
-                    let pages = (run.end.min(end) - pgoff).min(BOUNCE_PAGES);
+                    // What is there is not read again.
+                    let missing_until = next_resident(memfd, pgoff).unwrap_or(end);
+                    if missing_until == pgoff {
+                        pgoff += 1;
+                        continue;
+                    }
+                    let most = if pgoff < alone_until { 1 } else { BOUNCE_PAGES };
+                    let pages = (run.end.min(end).min(missing_until) - pgoff).min(most);
                     let bytes = (pages * page) as usize;
-                    let buf = &mut self.bounce[..bytes];
-                    catch_unwind(AssertUnwindSafe(|| list.read_pages(pgoff, buf)))
-                        .map_err(|_| Error::NoPage { pgoff, why: "its source panicked".into() })?
-                        .map_err(|failure| Error::NoPage { pgoff, why: failure.to_string() })?;
+                    match read(list, pgoff, &mut self.bounce[..bytes]) {
+                        Err(_) if pages > 1 => {
+                            alone_until = pgoff + pages;
+                            continue;
+                        }
+                        outcome => outcome?,
+                    }
                     // SAFETY: `bytes` bytes of the bounce buffer, which the kernel only reads.
                     let install = unsafe { self.uffd.copy(dst, self.bounce.as_ptr(), bytes) };
                     progress(install, pgoff, pages)?
@@ -87,6 +101,41 @@ impl Window {
         }
         Ok(())
     }
+}
+
+thread_local! {
+    static READING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Tells whether the current thread is in the middle of reading pages for a window.
+pub(super) fn is_reading() -> bool {
+    READING.get()
+}
+
+/// Reads pages of a list on this thread; a panic of a page source is its failure.
+fn read(list: &Kiobuf, pgoff: u64, buf: &mut [u8]) -> Result<()> {
+    READING.set(true);
+    let outcome = catch_unwind(AssertUnwindSafe(|| list.read_pages(pgoff, buf)));
+    READING.set(false);
+    let why = match outcome {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(failure)) => failure.to_string(),
+        Err(_) => "its source panicked".into(),
+    };
+    Err(Error::NoPage { pgoff, why })
+}
+
+/// Tells whether the backing object holds a page already. Not for the fault-handling thread: it takes the object's lock.
+pub(super) fn is_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> bool {
+    next_resident(memfd, pgoff) == Some(pgoff)
+}
+
+/// Finds the first page from `pgoff` on that the backing object holds.
+fn next_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> Option<u64> {
+    let page = page_size() as u64;
+    let offset = i64::try_from(pgoff.checked_mul(page)?).ok()?;
+    // ENXIO says that there is none.
+    Some(lseek(memfd, offset, Whence::SeekData).ok()? as u64 / page)
 }
 
 /// Says how many pages from `pgoff` on are present after an ioctl over `pages` pages. A page that stops it is either

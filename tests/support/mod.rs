@@ -141,3 +141,64 @@ pub(crate) fn vmap_mappings() -> Vec<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.contains("/memfd:kiomap ")).map(str::to_owned).collect()
 }
+
+/// Fills a buffer with the bytes of a [`mark`]ed list from page `first` on.
+pub(crate) fn fill_marks(first: u64, buf: &mut [u8]) {
+    for (n, page) in (first..).zip(buf.chunks_mut(page_size())) {
+        page.fill(mark(n));
+    }
+}
+
+/// A page source of [`mark`]ed pages; the closure is called before each read, with the first page and the number of
+/// pages asked for, and may fail it.
+struct MarkedSource<F>(F);
+
+impl<F: Fn(u64, usize) -> std::io::Result<()> + Send + Sync + 'static> kiomap::PageSource for MarkedSource<F> {
+    fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let first = offset_bytes / page_size() as u64;
+        (self.0)(first, buf.len().div_ceil(page_size()))?;
+        fill_marks(first, buf);
+        Ok(())
+    }
+}
+
+/// A list of `nr_pages` [`mark`]ed pages that a source makes, after asking `before` with the first page and their number.
+pub(crate) fn source(
+    nr_pages: u64,
+    before: impl Fn(u64, usize) -> std::io::Result<()> + Send + Sync + 'static,
+) -> Kiobuf {
+    let mut list = Kiobuf::new();
+    list.map_source(std::sync::Arc::new(MarkedSource(before)), nr_pages * page_size() as u64).unwrap();
+    list
+}
+
+/// A list of `nr_pages` holes.
+pub(crate) fn holes(nr_pages: u64) -> Kiobuf {
+    let mut list = Kiobuf::new();
+    list.map_hole(nr_pages).unwrap();
+    list
+}
+
+/// The address of a byte in page `page` of a region, counted from the region's start.
+pub(crate) fn in_page(region: &kiomap::Region, page: u64) -> *mut u8 {
+    region.as_ptr().wrapping_add(page as usize * page_size() + 11)
+}
+
+/// What reading a page of a region comes to.
+pub(crate) fn read_page(region: &kiomap::Region, page: u64) -> Result<u8, touch::Refused> {
+    touch::read(in_page(region, page))
+}
+
+/// Fails unless reading a page of a region is SIGBUS there.
+#[track_caller]
+pub(crate) fn assert_sigbus(region: &kiomap::Region, page: u64) {
+    let at = in_page(region, page);
+    let outcome = touch::read(at);
+    assert!(outcome.is_err_and(|refused| refused.is_sigbus_at(at as usize)), "page {page}: {outcome:?}");
+}
+
+/// The counters, after everything that happened so far is counted: a thread that is woken runs before it is counted.
+pub(crate) fn settled_stats(engine: &kiomap::Engine) -> kiomap::Stats {
+    engine.settle().unwrap();
+    engine.stats()
+}
