@@ -114,14 +114,14 @@ fn run(options: &Options) -> Result<()> {
     for index in 0..options.processes {
         let heap = Heap { region: &region, layout };
         let worker = Process::fork(|barrier| work(&heap, index, options.rounds, barrier));
-        workers.push(worker.with_context(|| format!("forking process {}", index + 1))?);
+        let mut worker = worker.with_context(|| format!("forking process {}", index + 1))?;
+        worker.wait_until_ready()?;
+        workers.push(worker);
         story.count(format!("process {} forked", index + 1), 2 + index as usize)?;
     }
     let all = 1 + workers.len();
     let mut trespasser = Process::fork(|barrier| trespass(&vmap, layout, barrier)).context("forking the trespasser")?;
-    for process in workers.iter_mut().chain([&mut trespasser]) {
-        process.wait_until_ready()?;
-    }
+    trespasser.wait_until_ready()?;
     story.count("trespasser forked, and attached a longer region too", all + 2)?;
 
     // Each step of `work`, all processes at once; nobody begins a step before all have ended the one before.
@@ -173,6 +173,8 @@ fn run(options: &Options) -> Result<()> {
 
 /// What each process does. `barrier.pass()` returns when every process has come as far.
 fn work(heap: &Heap<'_>, index: u64, rounds: u64, barrier: &mut Barrier) -> Result<()> {
+    // For want of descriptors, say, a fork may succeed and the region not be there; this says why.
+    heap.region.check()?;
     barrier.pass()?;
     // Every page is first touched by one process, so that it is known beforehand who faults what.
     heap.fault_in(index)?;
