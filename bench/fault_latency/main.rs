@@ -78,7 +78,7 @@ struct Extent {
     warm_bytes: usize,
 }
 
-const FULL: Extent = Extent { pages: 8192, repetitions: 7, warm_bytes: 1 << 30 };
+const FULL: Extent = Extent { pages: 16384, repetitions: 7, warm_bytes: 1 << 30 };
 const QUICK: Extent = Extent { pages: 2048, repetitions: 3, warm_bytes: 1 << 27 };
 
 fn main() -> ExitCode {

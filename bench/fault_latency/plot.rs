@@ -1,7 +1,10 @@
 //! The picture: how long single faults take, and what a page costs.
 
+use std::ops::Range;
+
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 
 use crate::measure::quantile;
@@ -43,26 +46,51 @@ fn draw(root: &Area<'_>, report: &Report) -> Drawn {
     pages(&right, report)
 }
 
+/// A logarithmic axis with lines at 1, 2 and 5 of each decade; the library's own has powers of ten only.
+struct Logarithmic(Range<f64>);
+
+impl Ranged for Logarithmic {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
+        let share = (value / self.0.start).ln() / (self.0.end / self.0.start).ln();
+        from + (share * f64::from(to - from)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        let ticks = (-3..7).flat_map(|decade| [1.0, 2.0, 5.0].map(|n| n * 10f64.powi(decade)));
+        ticks.filter(|tick| self.0.contains(tick)).collect()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.0.clone()
+    }
+}
+
 /// Latencies of faults that bring one page, all passes together, as a cumulative distribution.
 fn distributions(area: &Area<'_>, report: &Report) -> Drawn {
     let chosen: Vec<_> =
         MAIN.iter().filter_map(|(name, label, colour)| Some((report.row(name)?, *label, *colour))).collect();
     let lowest = chosen.iter().map(|(row, ..)| row.summary.min_ns).fold(f64::INFINITY, f64::min);
     let slowest = chosen.iter().map(|(row, ..)| row.summary.p999_ns).fold(0.0, f64::max);
-    let x = (lowest / 1e3 * 0.9)..(slowest / 1e3).max(20.0);
+    // Wide enough for the legend to stand beside the curves.
+    let x = Logarithmic((lowest / 1e3 * 0.9).min(1.0)..(slowest / 1e3).max(1000.0));
     let mut chart = ChartBuilder::on(area)
         .caption("Latency of one page fault", (FONT, 22))
         .margin(14)
         .x_label_area_size(50)
         .y_label_area_size(64)
-        .build_cartesian_2d(x.log_scale(), 0.0..100.0f64)?;
+        .build_cartesian_2d(x, 0.0..100.0f64)?;
     chart
         .configure_mesh()
-        .x_desc("from the touch until it is done, µs (logarithmic)")
+        .x_desc("from the touch until it is done, µs, logarithmic")
         .y_desc("faults that took no longer, %")
-        .x_label_formatter(&|us| if *us < 1.0 { format!("{us:.1}") } else { format!("{us:.0}") })
+        .x_label_formatter(&|us| us.to_string())
         .y_label_formatter(&|percent| format!("{percent:.0}"))
-        .x_labels(12)
+        .x_labels(20)
+        .y_labels(11)
+        .max_light_lines(1)
         .label_style((FONT, 15))
         .axis_desc_style((FONT, 16))
         .bold_line_style(RGBColor(205, 205, 205))
@@ -73,7 +101,7 @@ fn distributions(area: &Area<'_>, report: &Report) -> Drawn {
         all.sort_unstable_by(f64::total_cmp);
         let points = (0..=1000).map(|mille| (quantile(&all, f64::from(mille) / 1e3) / 1e3, f64::from(mille) / 10.0));
         let style = colour.stroke_width(3);
-        let label = format!("{label}: {:.1} µs", row.summary.p50_ns / 1e3);
+        let label = format!("{label}: median {:.1} µs", row.summary.p50_ns / 1e3);
         chart
             .draw_series(LineSeries::new(points, style))?
             .label(label)
@@ -94,8 +122,10 @@ fn distributions(area: &Area<'_>, report: &Report) -> Drawn {
 /// Time per page when a fault brings 1, 16 or 64 pages, against the kernel's own first touch.
 fn pages(area: &Area<'_>, report: &Report) -> Drawn {
     const AROUND: [usize; 3] = [1, 16, 64];
-    let bars =
-        [("floor_memfd", "bare loop, memfd", RGBColor(86, 180, 233)), ("engine", "engine", RGBColor(213, 94, 0))];
+    let bars = [
+        ("floor_memfd", "bare loop, memfd", RGBColor(86, 180, 233), BLACK),
+        ("engine", "engine", RGBColor(213, 94, 0), WHITE),
+    ];
     let wall = |row: &Row| row.summary.wall_ns_per_page / 1e3;
     let native = report.row("native_memfd").map(wall);
     let values: Vec<Vec<Option<f64>>> = bars
@@ -112,6 +142,7 @@ fn pages(area: &Area<'_>, report: &Report) -> Drawn {
     chart
         .configure_mesh()
         .disable_x_mesh()
+        .max_light_lines(1)
         .x_desc("pages that one fault brings")
         .y_desc("µs per page, random order")
         .x_labels(2 * AROUND.len() + 1)
@@ -128,7 +159,7 @@ fn pages(area: &Area<'_>, report: &Report) -> Drawn {
         .bold_line_style(RGBColor(205, 205, 205))
         .light_line_style(RGBColor(238, 238, 238))
         .draw()?;
-    for (which, ((_, label, colour), values)) in bars.iter().zip(&values).enumerate() {
+    for (which, ((_, label, colour, ink), values)) in bars.iter().zip(&values).enumerate() {
         let (colour, width) = (*colour, 0.36);
         let rectangles = values.iter().enumerate().filter_map(|(at, value)| {
             let from = at as f64 + 0.5 + (which as f64 - 1.0) * width;
@@ -140,11 +171,11 @@ fn pages(area: &Area<'_>, report: &Report) -> Drawn {
             .legend(move |(x, y)| Rectangle::new([(x + 6, y - 6), (x + 22, y + 6)], colour.filled()));
         let numbers = values.iter().enumerate().filter_map(|(at, value)| {
             let from = at as f64 + 0.5 + (which as f64 - 0.5) * width;
-            let style = TextStyle::from((FONT, 15).into_font()).pos(plotters::style::text_anchor::Pos::new(
+            let style = (FONT, 15).into_font().color(ink).pos(plotters::style::text_anchor::Pos::new(
                 plotters::style::text_anchor::HPos::Center,
-                plotters::style::text_anchor::VPos::Bottom,
+                plotters::style::text_anchor::VPos::Top,
             ));
-            Some(Text::new(format!("{:.1}", (*value)?), (from, (*value)? + highest * 0.008), style))
+            Some(Text::new(format!("{:.1}", (*value)?), (from, (*value)? - highest * 0.012), style))
         });
         chart.draw_series(numbers)?;
     }

@@ -117,7 +117,7 @@ impl Series {
         name
     }
 
-    /// The series that is this one's floor: same pages per fault, same order, same placement, on a memfd.
+    /// The series that is this one's floor: same pages per fault, same order, same placement, blocking, on a memfd.
     pub(crate) fn floor_name(&self) -> Option<String> {
         let floor = Series { subject: Subject::Floor(Memory::Memfd, Waiting::Read), child: false, ..*self };
         (!matches!(self.subject, Subject::Native(_))).then(|| floor.name())
@@ -172,6 +172,12 @@ pub(crate) fn all(two_cpus: bool) -> Vec<Series> {
     let mut list = vec![Series::native(Anon), Series::native(Memfd)];
     for around in [1, 16, 64] {
         list.extend([Series::floor(Anon, around), Series::floor(Memfd, around), Series::engine(around)]);
+        if around < 64 {
+            list.push(Series::engine(around).by_child());
+        }
+        if around == 1 {
+            list.push(Series::new(Subject::Floor(Memfd, Waiting::Poll), around));
+        }
     }
     let one = [Series::native(Anon), Series::native(Memfd)];
     list.extend(one.map(Series::sequential));
@@ -179,8 +185,6 @@ pub(crate) fn all(two_cpus: bool) -> Vec<Series> {
         let group = [Series::floor(Anon, around), Series::floor(Memfd, around), Series::engine(around)];
         list.extend(group.map(Series::sequential));
     }
-    list.push(Series::new(Subject::Floor(Memfd, Waiting::Poll), 1));
-    list.extend([1, 16].map(|around| Series::engine(around).by_child()));
     list.extend([Series::native(Memfd), Series::floor(Memfd, 1), Series::engine(1)].map(Series::sigbus));
     if two_cpus {
         for around in [1, 16] {
