@@ -147,8 +147,7 @@ fn measure_all(arguments: &Arguments) -> Result<Report> {
     }
     let seconds = begin.elapsed().as_secs_f64();
     let own = raw::usage()?.1 - own_before;
-    let foreign_cpus =
-        busy_before.zip(busy_seconds()).map(|(before, after)| ((after - before - own) / seconds).max(0.0));
+    let foreign_cpus = busy_before.zip(busy_seconds()).map(|(before, after)| (after - before - own) / seconds);
 
     let rows = std::iter::zip(list, samples)
         .map(|(series, samples)| Row { series, summary: Summary::of(&samples), samples })

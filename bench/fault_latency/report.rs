@@ -192,7 +192,8 @@ impl Report {
     /// Machine, kernel and circumstances.
     fn preamble(&self) -> Vec<String> {
         let c = &self.circumstances;
-        let foreign = c.foreign_cpus.map_or("an unknown number".to_owned(), |cpus| format!("{cpus:.2}"));
+        let foreign =
+            c.foreign_cpus.map_or("an unknown number".to_owned(), |cpus| format!("about {:.1}", cpus.max(0.0)));
         vec![
             machine(),
             format!(
