@@ -305,6 +305,8 @@ impl Engine {
     }
 
     /// Returns the counters as they are now. In a forked child they are those of the moment of the fork.
+    ///
+    /// A page is counted just after the thread that waits for it wakes: [`Engine::settle`] first makes them exact.
     pub fn stats(&self) -> Stats {
         self.shared.counters.snapshot()
     }
