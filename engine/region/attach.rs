@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -140,6 +141,10 @@ impl Vmap {
     }
 }
 
+/// How long an attach waits for the report of the unmap that made room for it, and how often it looks.
+const VACANT_WITHIN: Duration = Duration::from_secs(10);
+const VACANT_PAUSE: Duration = Duration::from_micros(100);
+
 /// What is to be mapped, validated.
 struct Plan {
     len: usize,
@@ -218,7 +223,8 @@ fn attach(
                 vmap: core.id,
                 flags: AreaRecord::flags(options.writable, options.inherit),
             };
-            let (Reply::Attached { first }, _) = lifeline.ask(Ask::Attach(record), &[])? else {
+            let answer = once_vacant(|| lifeline.ask(Ask::Attach(record), &[]))?;
+            let (Reply::Attached { first }, _) = answer else {
                 return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
             };
             if let Some(transition) = transition {
@@ -253,6 +259,20 @@ impl Drop for TransitionGuard<'_> {
     }
 }
 
+/// Repeats an attempt that finds the range still taken by an area: the kernel gave the range to us, so that area is gone.
+/// The thread that unmapped it gives up the address space first and reports the unmap then, and may be preempted between.
+fn once_vacant<R>(mut attempt: impl FnMut() -> Result<R>) -> Result<R> {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if error.errno() == Errno::EEXIST && start.elapsed() < VACANT_WITHIN => {
+                std::thread::sleep(VACANT_PAUSE);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// In the engine's process: counts the area, has it served, and runs the closure.
 fn count_and_insert(
     core: &Arc<VmapCore>,
@@ -273,7 +293,7 @@ fn count_and_insert(
         writable: options.writable,
         inherit: options.inherit,
     };
-    if let Err(error) = insert(shared, OWN_SPACE, core, area) {
+    if let Err(error) = once_vacant(|| insert(shared, OWN_SPACE, core, area)) {
         core.take_back(first);
         return Err(error);
     }

@@ -12,6 +12,7 @@ use crate::vmap::core::{Contents, VmapCore};
 use crate::{Error, Result};
 
 /// An area that is to be served.
+#[derive(Clone, Copy)]
 pub(crate) struct NewArea {
     pub(crate) start: usize,
     pub(crate) end: usize,
