@@ -83,6 +83,19 @@ impl Mapping {
         unsafe { mprotect(self.pointer(), self.len, prot) }.map_err(Error::sys("mprotect of a new region"))
     }
 
+    /// Takes the access away again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Sys`] in a forked child too, which has no such mapping.
+    pub(crate) fn hide(&self) -> Result<()> {
+        if self.depth != depth() {
+            return Err(Error::sys("mprotect of a region")(Errno::ECHILD));
+        }
+        // SAFETY: the range is this mapping, of which no Rust value is a part yet.
+        unsafe { mprotect(self.pointer(), self.len, ProtFlags::PROT_NONE) }.map_err(Error::sys("mprotect of a region"))
+    }
+
     pub(crate) fn addr(&self) -> usize {
         self.addr
     }

@@ -1,5 +1,6 @@
 //! Attaching: from options to a mapped, registered, counted region, or to nothing at all.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use crate::runtime::insert::{NewArea, insert};
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
+use crate::sys::Userfault;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
 use crate::{Error, Result};
@@ -211,6 +213,7 @@ fn attach(
         Mapping::hidden(core.memfd(), plan.len, plan.offset, plan.placement)?
     };
     uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+    let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
     mapping.reveal(options.writable)?;
     let id = shared.new_region_id();
     let first = match &*local {
@@ -227,12 +230,13 @@ fn attach(
             let (Reply::Attached { first }, _) = answer else {
                 return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
             };
+            registration.served.set(true);
             if let Some(transition) = transition {
                 transition(first);
             }
             first
         }
-        _ => count_and_insert(core, shared, options, &mapping, id, transition)?,
+        _ => count_and_insert(core, shared, options, &registration, id, transition)?,
     };
     let region = Region {
         core: Arc::clone(core),
@@ -246,8 +250,29 @@ fn attach(
         first,
         depth: depth(),
     };
+    drop(registration);
     mapping.release();
     Ok(region)
+}
+
+/// A mapping that is registered, and perhaps not served.
+///
+/// Unmapping it would wait for the fault-handling thread to read of it, which may have ended by the time when an attach
+/// finds that out. So it is taken out first, and hidden before that: what is not registered would be zeros.
+struct Registration<'a> {
+    uffd: &'a Userfault,
+    mapping: &'a Mapping,
+    /// The area is in the table: its end is to be reported.
+    served: Cell<bool>,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        // In a child forked meanwhile there is no mapping, and the descriptor is nobody's.
+        if !self.served.get() && self.mapping.hide().is_ok() {
+            let _ = self.uffd.unregister(self.mapping.addr(), self.mapping.len());
+        }
+    }
 }
 
 /// Ends a transition even if its closure panics.
@@ -278,13 +303,14 @@ fn count_and_insert(
     core: &Arc<VmapCore>,
     shared: &Arc<EngineShared>,
     options: &AttachOptions,
-    mapping: &Mapping,
+    registration: &Registration<'_>,
     region: u64,
     transition: Option<Transition<'_>>,
 ) -> Result<bool> {
     let from_callback = threads::current_role(shared.id) == Some(Role::Callback);
     let first = core.open(from_callback, transition.is_some())?;
     let _transition = transition.is_some().then(|| TransitionGuard(core));
+    let mapping = registration.mapping;
     let area = NewArea {
         start: mapping.addr(),
         end: mapping.addr() + mapping.len(),
@@ -297,6 +323,7 @@ fn count_and_insert(
         core.take_back(first);
         return Err(error);
     }
+    registration.served.set(true);
     if let Some(transition) = transition {
         transition(first);
     }
