@@ -13,6 +13,7 @@ use crate::fork::wire::{Ask, Reply};
 use crate::page::{is_aligned, page_size, pages_for};
 use crate::process::mapping::{Mapping, Placement};
 use crate::process::{depth, gate};
+use crate::runtime::handles::Request;
 use crate::runtime::insert::{NewArea, insert};
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
@@ -276,11 +277,13 @@ impl Drop for Registration<'_> {
 }
 
 /// Ends a transition even if its closure panics.
-struct TransitionGuard<'a>(&'a VmapCore);
+struct TransitionGuard<'a>(&'a VmapCore, &'a EngineShared);
 
 impl Drop for TransitionGuard<'_> {
     fn drop(&mut self) {
-        self.0.transition_done();
+        if self.0.transition_done() {
+            self.1.keeper.send(Request::RetryDeferred);
+        }
     }
 }
 
@@ -309,7 +312,7 @@ fn count_and_insert(
 ) -> Result<bool> {
     let from_callback = threads::current_role(shared.id) == Some(Role::Callback);
     let first = core.open(from_callback, transition.is_some())?;
-    let _transition = transition.is_some().then(|| TransitionGuard(core));
+    let _transition = (first || transition.is_some()).then(|| TransitionGuard(core, shared));
     let mapping = registration.mapping;
     let area = NewArea {
         start: mapping.addr(),

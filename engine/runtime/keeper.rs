@@ -269,13 +269,15 @@ impl Keeper {
         let inherit = record.flags & AreaRecord::INHERIT != 0;
         let area =
             NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
-        match insert(&self.shared, space, &vmap, area) {
-            Ok(()) => Ok(Some(first)),
-            Err(error) => {
-                vmap.take_back(first);
-                Err(error)
-            }
+        let inserted = insert(&self.shared, space, &vmap, area);
+        if inserted.is_err() {
+            vmap.take_back(first);
         }
+        if first {
+            // Only this thread puts attaches off, and it did not meanwhile.
+            vmap.transition_done();
+        }
+        inserted.map(|()| Some(first))
     }
 
     fn retry_deferred(&mut self) {

@@ -68,8 +68,10 @@ pub(crate) struct DerefSlot {
 
 #[derive(Debug, Default)]
 struct Count {
-    /// The thread whose `attach_with` closure is running.
+    /// The thread that makes the first area, or whose `attach_with` closure is running.
     transition: Option<ThreadId>,
+    /// An attach was put off because of that transition.
+    put_off: bool,
     /// Callbacks that are owed and have not returned.
     derefs_owed: u32,
     destroyed: bool,
@@ -166,7 +168,9 @@ impl VmapCore {
     }
 
     /// Counts an attach if it needn't wait. `from_callback`: the caller is the callback thread, which must not wait
-    /// for itself. `transition`: the caller goes on to run a closure and ends with [`VmapCore::transition_done`].
+    /// for itself. `transition`: the caller goes on to run a closure. After that, and always after a first area, it
+    /// calls [`VmapCore::transition_done`]: until a first area is known to be, or not to be, nobody else is counted, so
+    /// that each deref callback has its first.
     ///
     /// # Errors
     ///
@@ -174,7 +178,9 @@ impl VmapCore {
     /// [`Error::Shutdown`] when the vmap was destroyed.
     pub(crate) fn try_open(&self, from_callback: bool, transition: bool) -> Result<Opened> {
         let mut count = self.count();
-        self.try_open_locked(&mut count, from_callback, transition)
+        let opened = self.try_open_locked(&mut count, from_callback, transition);
+        count.put_off |= matches!(opened, Ok(Opened::Later)) && count.transition.is_some();
+        opened
     }
 
     fn try_open_locked(&self, count: &mut Count, from_callback: bool, transition: bool) -> Result<Opened> {
@@ -188,10 +194,10 @@ impl VmapCore {
         if count.transition.is_some() || (count.derefs_owed > 0 && !from_callback) {
             return Ok(Opened::Later);
         }
-        if transition {
+        let first = self.refcount.fetch_add(1, Ordering::AcqRel) == 0;
+        if transition || first {
             count.transition = Some(me);
         }
-        let first = self.refcount.fetch_add(1, Ordering::AcqRel) == 0;
         Ok(Opened::Counted { first })
     }
 
@@ -206,10 +212,14 @@ impl VmapCore {
         }
     }
 
-    /// Ends the transition that [`VmapCore::open`] began.
-    pub(crate) fn transition_done(&self) {
-        self.count().transition = None;
+    /// Ends the transition that [`VmapCore::open`] began; tells whether [`VmapCore::try_open`] put an attach off for it.
+    pub(crate) fn transition_done(&self) -> bool {
+        let mut count = self.count();
+        count.transition = None;
+        let put_off = std::mem::take(&mut count.put_off);
+        drop(count);
         self.settled.notify_all();
+        put_off
     }
 
     /// Takes back a count whose attach failed: when it was the first, no callback is owed for it.
