@@ -140,6 +140,7 @@ fn knob(errno: Errno) -> &'static str {
     match errno {
         Errno::EMFILE => " (raise RLIMIT_NOFILE, `ulimit -n`)",
         Errno::ENFILE => " (raise the sysctl fs.file-max)",
+        Errno::EFBIG => " (raise RLIMIT_FSIZE, `ulimit -f`)",
         Errno::ENOMEM => {
             " (memory, RLIMIT_AS, RLIMIT_MEMLOCK `ulimit -l`, or the sysctl vm.max_map_count are the usual limits)"
         }

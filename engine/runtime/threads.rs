@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::thread::JoinHandle;
 
+use memmap2::MmapMut;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
 use crate::{Error, Result};
@@ -35,6 +36,11 @@ impl Role {
     }
 }
 
+/// The stack of a thread of the engine.
+const STACK_BYTES: usize = 512 << 10;
+/// More than the stack for signal handlers takes, with its guard and the thread's.
+const SIGNAL_STACK_BYTES: usize = 128 << 10;
+
 /// The signals that an instruction of a thread raises for that thread.
 const SYNCHRONOUS: [Signal; 6] =
     [Signal::SIGBUS, Signal::SIGSEGV, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS];
@@ -54,6 +60,9 @@ pub(crate) fn current_role(engine: u64) -> Option<Role> {
 /// Where code of the application runs, what that code itself raises stays open: the kernel ends a process that raises
 /// SIGBUS or SIGSEGV while it is blocked, whatever handler the application has for it.
 pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    // The standard library ends the process if a thread that has started can't map the stack for its signal handlers;
+    // so see first whether there is room for both stacks.
+    drop(MmapMut::map_anon(STACK_BYTES + SIGNAL_STACK_BYTES).map_err(Error::io("mmap for the stack of a thread"))?);
     let mut blocked = SigSet::all();
     if !matches!(role, Role::Fault | Role::Guard) {
         SYNCHRONOUS.into_iter().for_each(|signal| blocked.remove(signal));
@@ -61,7 +70,7 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&blocked), Some(&mut before))
         .map_err(Error::sys("blocking signals for a thread of the engine"))?;
-    let spawned = std::thread::Builder::new().name(role.name().to_owned()).stack_size(512 << 10).spawn(move || {
+    let spawned = std::thread::Builder::new().name(role.name().to_owned()).stack_size(STACK_BYTES).spawn(move || {
         ROLE.set(Some((role, engine)));
         body();
     });

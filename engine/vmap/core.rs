@@ -12,7 +12,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::ThreadId;
 
 use crossbeam_channel::Sender;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 
 use super::window::Window;
 use crate::kiobuf::Kiobuf;
@@ -289,5 +291,10 @@ fn resize(memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<()> {
         .checked_mul(page_size() as u64)
         .and_then(|bytes| i64::try_from(bytes).ok())
         .ok_or(Error::Overflow { what: "the size of a vmap in pages", base: nr_pages, len: page_size() as u64 })?;
+    // The kernel answers a size beyond the limit by SIGXFSZ, whose default is the end of the process.
+    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(Error::sys("getrlimit(RLIMIT_FSIZE)"))?;
+    if bytes as u64 > limit {
+        return Err(Error::sys("sizing the memfd of a vmap")(Errno::EFBIG));
+    }
     nix::unistd::ftruncate(memfd, bytes).map_err(Error::sys("sizing the memfd of a vmap"))
 }
