@@ -58,7 +58,7 @@ fn a_file_that_is_truncated_is_sigbus_where_it_is_gone() {
             assert_eq!(read_page(&region, 38), Ok(mark(38)));
             file.set_len(17 * page_size() as u64).unwrap();
             for page in (0..PAGES).rev() {
-                if page < 17 || page >= 36 {
+                if !(17..36).contains(&page) {
                     assert_eq!(read_page(&region, page), Ok(mark(page)));
                 } else {
                     assert_sigbus(&region, page);

@@ -170,7 +170,7 @@ fn firsts_and_derefs_alternate_under_eight_threads() {
                         random ^= random << 13;
                         random ^= random >> 7;
                         random ^= random << 17;
-                        if random % 2 == 0 || regions.is_empty() {
+                        if random.is_multiple_of(2) || regions.is_empty() {
                             let region = vmap
                                 .attach_with(&whole(), |first| {
                                     if first {
@@ -182,7 +182,7 @@ fn firsts_and_derefs_alternate_under_eight_threads() {
                                 })
                                 .unwrap();
                             assert!(vmap.refcount().unwrap() >= 1);
-                            if random % 4 == 0 {
+                            if random.is_multiple_of(4) {
                                 regions.push(region);
                             }
                         } else {
@@ -557,9 +557,10 @@ impl kiomap::PageSource for From {
 #[test]
 fn a_revoke_under_touches_shows_bytes_or_sigbus() {
     alone("a_revoke_under_touches_shows_bytes_or_sigbus", || {
-        for round in 0..60 {
-            let how = if round % 2 == 0 { Revoke::Soft } else { Revoke::Hard };
-            let engine = Engine::builder().fault_around_pages(if round % 3 == 0 { 1 } else { 16 }).build().unwrap();
+        for round in 0..60_u64 {
+            let how = if round.is_multiple_of(2) { Revoke::Soft } else { Revoke::Hard };
+            let engine =
+                Engine::builder().fault_around_pages(if round.is_multiple_of(3) { 1 } else { 16 }).build().unwrap();
             let list = if round % 4 < 2 { pages(256) } else { source(256, |_, _| Ok(())) };
             let vmap = engine.vmap(&list).unwrap();
             let regions = [0; 2].map(|_| vmap.attach(&whole()).unwrap());
@@ -719,9 +720,9 @@ fn user_data_is_found_by_its_type() {
 #[test]
 fn everything_at_once_is_bytes_or_a_signal() {
     alone("everything_at_once_is_bytes_or_a_signal", || {
-        for round in 0..40 {
+        for round in 0..40_u64 {
             let engine = Engine::builder().workers(2).fault_around_pages(8).build().unwrap();
-            let list = if round % 2 == 0 { pages(64) } else { source(64, |_, _| Ok(())) };
+            let list = if round.is_multiple_of(2) { pages(64) } else { source(64, |_, _| Ok(())) };
             let vmap = engine.vmap_builder(&list).expandable().build().unwrap();
             let region = vmap.attach(&long(128)).unwrap();
             let (start, touched) = (region.as_ptr() as usize, AtomicU64::new(0));
