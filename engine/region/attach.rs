@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -199,9 +198,8 @@ fn attach(
     options: &AttachOptions,
     transition: Option<Transition<'_>>,
 ) -> Result<Region> {
-    if shared.retired.load(Ordering::Acquire) {
-        return Err(Error::Shutdown);
-    }
+    // Until the end: what is counted here may have to be called back for.
+    let _attaching = shared.begin_attach().ok_or(Error::Shutdown)?;
     let plan = Plan::new(options, core.nr_pages())?;
     let local = shared.local();
     let uffd = match &*local {

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
@@ -176,6 +176,7 @@ impl EngineBuilder {
             next_region: AtomicU64::new(1),
             next_vmap: AtomicU64::new(1),
             retired: AtomicBool::new(false),
+            attaching: AtomicUsize::new(0),
         });
         let read_buffers = self.workers * BUFFERS_PER_WORKER;
         let (jobs, job_inbox) = crossbeam_channel::bounded(read_buffers);
@@ -352,7 +353,7 @@ impl Engine {
         if how == Shutdown::Fill {
             crate::vmap::refuse_nested("a shutdown that fills")?;
         }
-        if self.shared.retired.swap(true, Ordering::AcqRel) {
+        if self.shared.retired.swap(true, Ordering::SeqCst) {
             return Err(Error::Shutdown);
         }
         if how == Shutdown::Fill {

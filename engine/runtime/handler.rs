@@ -345,6 +345,7 @@ impl Handler {
     /// Tells whether nothing is left to guard or to report; the keeper then knows.
     fn is_finished(&mut self) -> bool {
         self.leavers == 0
+            && !self.shared.is_attaching()
             && self.spaces.iter().all(|space| space.table.is_empty())
             && self.unsent.is_empty()
             && self.keeper.try_post(Post::HandlerEnded).is_ok()

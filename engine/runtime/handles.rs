@@ -24,6 +24,11 @@ pub(crate) struct HandlerHandle {
 }
 
 impl HandlerHandle {
+    /// Has the thread look whether it is finished.
+    pub(crate) fn nudge(&self) {
+        self.bell.ring();
+    }
+
     /// Sends a command; when the thread has ended the command is dropped, and its ticket tells the asker.
     pub(crate) fn send(&self, command: Command) {
         if self.commands.send(command).is_ok() {

@@ -1,7 +1,7 @@
 //! What an engine's threads and handles share.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crossbeam_channel::Sender;
@@ -37,9 +37,36 @@ pub(crate) struct EngineShared {
     pub(super) next_vmap: AtomicU64,
     /// No attach, no fill any more.
     pub(crate) retired: AtomicBool,
+    /// Attaches that began before that and have not ended: they may count, so the threads stay.
+    pub(super) attaching: AtomicUsize,
+}
+
+/// An attach that is under way.
+pub(crate) struct Attaching<'a>(&'a EngineShared);
+
+impl Drop for Attaching<'_> {
+    fn drop(&mut self) {
+        self.0.attaching.fetch_sub(1, Ordering::SeqCst);
+        if self.0.retired.load(Ordering::SeqCst) {
+            self.0.handler.nudge();
+        }
+    }
 }
 
 impl EngineShared {
+    /// Begins an attach; `None` after a shutdown.
+    pub(crate) fn begin_attach(&self) -> Option<Attaching<'_>> {
+        // Counted before the flag is looked at: either this finds the flag, or the fault-handling thread the count.
+        self.attaching.fetch_add(1, Ordering::SeqCst);
+        let attaching = Attaching(self);
+        (!self.retired.load(Ordering::SeqCst)).then_some(attaching)
+    }
+
+    /// Tells whether an attach is under way.
+    pub(crate) fn is_attaching(&self) -> bool {
+        self.attaching.load(Ordering::SeqCst) > 0
+    }
+
     /// How this process reaches the engine.
     pub(crate) fn local(&self) -> Arc<Local> {
         let _gate = gate();
