@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use support::touch::Refused;
 use support::{
-    alone, assert_sigbus, eventually, in_page, mark, open_descriptors, pages, read_page, settled_stats, source,
-    threads, touch, vmap_mappings,
+    alone, assert_sigbus, eventually, fork_child, in_page, mark, open_descriptors, pages, read_page, reap_ok,
+    settled_stats, source, threads, touch, vmap_mappings,
 };
 
 fn whole() -> AttachOptions {
@@ -510,5 +510,31 @@ fn a_shutdown_races_attaches_and_touches() {
         no_thread_is_left();
         eventually("the descriptors' ends", || open_descriptors() == fds);
         assert_eq!(vmap_mappings(), Vec::<String>::new());
+    });
+}
+
+/// T22, B32: a forked process's attach that meets a transition of the owner's goes on as soon as that is over, and needs
+/// no callback for it.
+#[test]
+fn a_childs_attach_goes_on_after_the_owners_transition() {
+    alone("a_childs_attach_goes_on_after_the_owners_transition", || {
+        let engine = Engine::new().unwrap();
+        let vmap = engine.vmap(&pages(3)).unwrap();
+        let (out, into) = nix::unistd::pipe().unwrap();
+        let child = fork_child(|| {
+            nix::unistd::write(&into, &[1]).unwrap();
+            let region = vmap.attach(&whole()).unwrap();
+            assert_eq!(read_page(&region, 2), Ok(mark(2)));
+        });
+        let region = vmap.attach_with(&whole(), |first| {
+            assert!(first);
+            nix::unistd::read(&out, &mut [0]).unwrap();
+            let waits = || std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap().contains(") S ");
+            // Often enough that it is no short wait for a lock.
+            eventually("that the child waits", || (0..1000).all(|_| waits()));
+            assert_eq!(vmap.refcount().unwrap(), 1);
+        });
+        reap_ok(child);
+        assert_eq!(read_page(&region.unwrap(), 1), Ok(mark(1)));
     });
 }
