@@ -29,6 +29,8 @@ impl Guard {
     /// Waits for the engine's end, then answers every fault of this process by SIGBUS, as long as the process lives.
     pub(crate) fn run(mut self) {
         if !self.wait_for_hang_up() {
+            // The numbers may be somebody else's descriptors by now, which are not to be closed.
+            std::mem::forget(self);
             return;
         }
         // What the engine had read and not answered is nobody's now: whoever sleeps touches again.

@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap};
 
 use super::depth;
 use crate::{Error, Result};
@@ -21,6 +21,8 @@ pub(crate) enum Placement {
     Anywhere,
     /// At this address or not at all.
     At(usize),
+    /// In the place of a reservation that this thread has just made there ([`reserve`]).
+    Reserved(usize),
 }
 
 /// A shared mapping; unmapped when dropped by the process that made it.
@@ -46,8 +48,9 @@ impl Mapping {
         let (hint, fixed) = match placement {
             Placement::Anywhere => (None, MapFlags::empty()),
             Placement::At(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED_NOREPLACE),
+            Placement::Reserved(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED),
         };
-        // SAFETY: without MAP_FIXED no existing mapping is replaced, so no memory of anyone changes.
+        // SAFETY: nothing is replaced but a reservation, which holds nobody's memory.
         let mapped = unsafe {
             mmap(
                 hint,
@@ -107,6 +110,20 @@ impl Drop for Mapping {
             unmap(self.addr, self.len);
         }
     }
+}
+
+/// Keeps addresses from being used for anything: a touch there is SIGSEGV. Allocates nothing.
+///
+/// # Errors
+///
+/// `EEXIST` when something is mapped there, which is left alone.
+pub(crate) fn reserve(addr: usize, len: usize) -> std::result::Result<(), Errno> {
+    let (Some(start), Some(length)) = (NonZeroUsize::new(addr), NonZeroUsize::new(len)) else {
+        return Err(Errno::EINVAL);
+    };
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
+    // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; if the range is taken, it is left alone.
+    unsafe { mmap_anonymous(Some(start), length, ProtFlags::PROT_NONE, flags) }.map(drop)
 }
 
 /// Unmaps a range that is known to be ours.

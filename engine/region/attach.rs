@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -30,6 +31,11 @@ pub enum Sharing {
     /// code written for `mmap` gets its answer rather than something else.
     Private,
 }
+
+/// Tries at addresses that the engine still has as another area's: they last seconds.
+const REPORT_TRIES: u32 = 5_000;
+/// Those of them without a pause.
+const EAGER_TRIES: u32 = 100;
 
 /// Says what part of a vmap to attach, where, and how ([`Vmap::attach`](crate::Vmap::attach)).
 ///
@@ -218,7 +224,11 @@ fn attach(
                 vmap: core.id,
                 flags: AreaRecord::flags(options.writable, options.inherit),
             };
-            let (Reply::Attached { first }, _) = lifeline.ask(Ask::Attach(record), &[])? else {
+            let attached = once_reported(|| {
+                let _gate = gate();
+                lifeline.ask(Ask::Attach(record), &[])
+            });
+            let (Reply::Attached { first }, _) = attached? else {
                 return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
             };
             if let Some(transition) = transition {
@@ -242,6 +252,23 @@ fn attach(
     };
     mapping.release();
     Ok(region)
+}
+
+/// Has an area served at addresses that the kernel has given us. If the engine still has them as another area's, that
+/// one is unmapped, and the thread that did it is about to report it: it only needs a processor for that.
+fn once_reported<T>(mut serve: impl FnMut() -> Result<T>) -> Result<T> {
+    for tries in 0..REPORT_TRIES {
+        match serve() {
+            Err(error) if error.errno() == Errno::EEXIST => {}
+            outcome => return outcome,
+        }
+        if tries < EAGER_TRIES {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    serve()
 }
 
 /// Ends a transition even if its closure panics.
@@ -273,7 +300,7 @@ fn count_and_insert(
         writable: options.writable,
         inherit: options.inherit,
     };
-    if let Err(error) = insert(shared, OWN_SPACE, core, area) {
+    if let Err(error) = once_reported(|| insert(shared, OWN_SPACE, core, area)) {
         core.take_back(first);
         return Err(error);
     }

@@ -9,7 +9,7 @@ pub use attach::{AttachOptions, Sharing};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::process::{depth, mapping};
+use crate::process::{depth, gate, mapping};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::space::OWN_SPACE;
@@ -90,10 +90,10 @@ impl Region {
     }
 
     /// Unmaps what is left of the region; the answer is the number of pieces, for the count.
-    fn unmap(&self) -> Result<usize> {
+    fn unmap(&self, local: &Local) -> Result<usize> {
         let mut unmapped = 0;
         loop {
-            let pieces = match &*self.shared.local() {
+            let pieces = match local {
                 Local::Owner { .. } => {
                     let region = self.id;
                     self.shared.handler.ask(|reply| Command::Pieces { space: OWN_SPACE, region, reply })?
@@ -121,13 +121,16 @@ impl Drop for Region {
         if self.check().is_err() {
             return;
         }
-        match &*self.shared.local() {
+        let local = self.shared.local();
+        // A child that another thread forks has all of the area or nothing.
+        let _gate = gate();
+        match &*local {
             Local::Owner { .. } => {
                 let region = self.id;
                 // While it is leaving, its end is not reported by the kernel's event but counted here, after the
                 // unmap: the callback then finds it gone.
                 if self.shared.handler.ask(|reply| Command::Leave { region, reply }).is_ok() {
-                    let pieces = self.unmap().unwrap_or(0);
+                    let pieces = self.unmap(&local).unwrap_or(0);
                     self.core.close(pieces);
                     self.shared.handler.send(Command::Left);
                 }
@@ -135,7 +138,7 @@ impl Drop for Region {
             Local::Child { lifeline, .. } => {
                 // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
                 // the range stays mapped: which parts of it are still ours, only the engine knew.
-                if self.unmap().is_ok() {
+                if self.unmap(&local).is_ok() {
                     let _ = lifeline.ask(Ask::Sync, &[]);
                 }
             }

@@ -17,7 +17,7 @@ use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
-use crate::space::{Space, Target};
+use crate::space::{OWN_SPACE, Space, Target};
 use crate::stats::add;
 use crate::sys::{Install, Stop, Userfault};
 use crate::vmap::is_resident;
@@ -141,7 +141,10 @@ impl Resolver {
                 add(&self.shared.counters.source_errors, 1);
                 self.poison(space, uffd, fault.addr)
             }
-            TryRead::WouldBlock if self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid) => {
+            // Thread ids of another process may be of another namespace.
+            TryRead::WouldBlock
+                if space.id == OWN_SPACE && self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid) =>
+            {
                 // A worker that waits for a worker may wait for ever.
                 add(&self.shared.counters.self_faults, 1);
                 self.poison(space, uffd, fault.addr)
