@@ -313,11 +313,13 @@ impl Resolver {
         }
     }
 
-    /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves.
+    /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves. A page that became resident
+    /// after its fault, as by a shutdown that fills, is there for the thread that touches again.
     pub(crate) fn poison_in(&mut self, space: &Space, addr: usize) -> Answer {
-        match &space.uffd {
-            Some(uffd) => self.poison(space, uffd, addr),
-            None => Answer::Done,
+        let Some(uffd) = &space.uffd else { return Answer::Done };
+        match space.table.find(addr) {
+            Some(area) if is_resident(area.target.vmap.memfd(), area.pgoff_of(addr)) => self.wake(uffd, addr),
+            _ => self.poison(space, uffd, addr),
         }
     }
 
