@@ -207,8 +207,6 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
         Err(error) => {
             let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, &[]);
-            // What is taken by now is somebody else's.
-            let _ = reserve_all(&records);
             Err(error)
         }
     }

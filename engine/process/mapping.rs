@@ -25,13 +25,15 @@ pub(crate) enum Placement {
     Reserved(usize),
 }
 
-/// A shared mapping; unmapped when dropped by the process that made it.
+/// A shared mapping; when dropped by the process that made it, it is unmapped, or becomes the reservation again that it
+/// took the place of.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     addr: usize,
     len: usize,
     /// A forked child has a copy of this value but not the mapping: its addresses may be anything there.
     depth: u32,
+    from_reservation: bool,
 }
 
 impl Mapping {
@@ -66,7 +68,8 @@ impl Mapping {
             (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
             (Err(errno), _) => return Err(Error::sys("mmap of a vmap")(errno)),
         };
-        let mapping = Mapping { addr, len, depth: depth() };
+        let from_reservation = matches!(placement, Placement::Reserved(_));
+        let mapping = Mapping { addr, len, depth: depth(), from_reservation };
         if let Placement::At(wanted) = placement
             && wanted != addr
         {
@@ -106,7 +109,11 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.depth == depth() {
+        if self.depth != depth() {
+            return;
+        }
+        // In one step: in between, the memory of another thread could take the place.
+        if !self.from_reservation || reserve_with(self.addr, self.len, MapFlags::MAP_FIXED).is_err() {
             unmap(self.addr, self.len);
         }
     }
@@ -118,11 +125,15 @@ impl Drop for Mapping {
 ///
 /// `EEXIST` when something is mapped there, which is left alone.
 pub(crate) fn reserve(addr: usize, len: usize) -> std::result::Result<(), Errno> {
+    reserve_with(addr, len, MapFlags::MAP_FIXED_NOREPLACE)
+}
+
+fn reserve_with(addr: usize, len: usize, fixed: MapFlags) -> std::result::Result<(), Errno> {
     let (Some(start), Some(length)) = (NonZeroUsize::new(addr), NonZeroUsize::new(len)) else {
         return Err(Errno::EINVAL);
     };
-    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
-    // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; if the range is taken, it is left alone.
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | fixed;
+    // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; MAP_FIXED is asked for by the one caller that owns what is there.
     unsafe { mmap_anonymous(Some(start), length, ProtFlags::PROT_NONE, flags) }.map(drop)
 }
 
