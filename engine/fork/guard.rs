@@ -4,7 +4,7 @@
 //! zero pages. But then nobody would answer: threads that touch them would sleep for ever. The guard sleeps until
 //! the engine hangs up (an orderly shutdown closes the lifeline, a crash does too) and then answers in its place.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -13,9 +13,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::sys::{Message, MsgBuffer, Stop, Userfault};
-
-/// The lowest address that the kernel lets a range of UFFDIO_WAKE begin at on any configuration (`mmap_min_addr`).
-const LOWEST_ADDRESS: usize = 1 << 16;
 
 /// What the guard watches.
 pub(crate) struct Guard {
@@ -27,30 +24,62 @@ pub(crate) struct Guard {
 
 impl Guard {
     /// Waits for the engine's end, then answers every fault of this process by SIGBUS, as long as the process lives.
-    pub(crate) fn run(mut self) {
-        if !self.wait_for_hang_up() {
+    /// Says `ready` when it has descriptors that nobody else can close.
+    pub(crate) fn run(mut self, ready: impl FnOnce()) {
+        self.take_own_descriptors();
+        ready();
+        if self.wait_for_hang_up() {
+            // What the engine had read and not answered is nobody's now: whoever sleeps touches again.
+            let lowest = lowest_address();
+            let _ = self.uffd.wake(lowest, highest_address() - lowest);
+            while self.answer() {}
+        }
+        // The numbers may be somebody else's descriptors by now, which are not to be closed.
+        std::mem::forget(self);
+    }
+
+    /// Gets a descriptor table of its own, with nothing in it but what it watches: the application may close what it
+    /// likes, and the guard keeps nothing of the application's open. Where the system forbids that (a seccomp policy),
+    /// the table stays shared.
+    fn take_own_descriptors(&self) {
+        // SAFETY: unshare(2) changes what numbers mean to this thread only.
+        if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
             return;
         }
-        // What the engine had read and not answered is nobody's now: whoever sleeps touches again.
-        let _ = self.uffd.wake(LOWEST_ADDRESS, highest_address() - LOWEST_ADDRESS);
-        loop {
-            let uffd = &self.uffd;
-            let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
-            if matches!(poll(&mut ready, PollTimeout::NONE), Err(errno) if errno != Errno::EINTR) {
-                return;
+        let mut kept = [self.lifeline.as_raw_fd(), self.owner.as_raw_fd(), self.uffd.as_raw_fd()].map(|fd| fd as u32);
+        kept.sort_unstable();
+        let mut from = 0;
+        for fd in kept {
+            if fd > from {
+                close_range(from, fd - 1);
             }
-            let mut put_off = false;
-            let _ = uffd.read(&mut self.messages, |message| match message {
-                Message::Fault { addr, .. } => put_off |= !refuse(uffd, page_floor(addr)),
-                Message::Unmap { start, end } => drop(uffd.wake(start, end - start)),
-                Message::Remap { from, len, .. } => drop(uffd.wake(from, len)),
-                Message::Remove { .. } | Message::Fork(_) => {}
-            });
-            if put_off {
-                // An address space in the middle of a change: let the thread that changes it run.
-                std::thread::yield_now();
-            }
+            from = fd + 1;
         }
+        close_range(from, u32::MAX);
+    }
+
+    /// Waits for messages and answers them; `false` when that is not possible any more.
+    fn answer(&mut self) -> bool {
+        let uffd = &self.uffd;
+        let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ready, PollTimeout::NONE) {
+            Err(Errno::EINTR) => return true,
+            Err(_) => return false,
+            Ok(_) if ready[0].revents().is_some_and(|events| events.contains(PollFlags::POLLNVAL)) => return false,
+            Ok(_) => {}
+        }
+        let mut put_off = false;
+        let read = uffd.read(&mut self.messages, |message| match message {
+            Message::Fault { addr, .. } => put_off |= !refuse(uffd, page_floor(addr)),
+            Message::Unmap { start, end } => drop(uffd.wake(start, end - start)),
+            Message::Remap { from, len, .. } => drop(uffd.wake(from, len)),
+            Message::Remove { .. } | Message::Fork(_) => {}
+        });
+        if put_off {
+            // An address space in the middle of a change: let the thread that changes it run.
+            std::thread::yield_now();
+        }
+        read.is_ok()
     }
 
     /// Answers `false` when there is nothing to watch any more.
@@ -88,12 +117,28 @@ fn refuse(uffd: &Userfault, addr: usize) -> bool {
     }
 }
 
-/// The end of the part of the address space that applications can map, one page short of it: the kernel refuses a
-/// range that ends beyond.
+/// Closes the descriptors `from..=to` of this thread's table.
+fn close_range(from: u32, to: u32) {
+    if from <= to {
+        // SAFETY: the table is this thread's own, and no value of this thread owns any of them.
+        unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
+    }
+}
+
+/// The lowest address that an application can map, and a range may begin at: as the system says, else the usual.
+fn lowest_address() -> usize {
+    let set = std::fs::read_to_string("/proc/sys/vm/mmap_min_addr");
+    let set: usize = set.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
+    set.max(1 << 16).next_multiple_of(page_size())
+}
+
+/// The end of the part of the address space that applications map, one page short of it: the kernel refuses a range that
+/// ends beyond.
 fn highest_address() -> usize {
-    // 47 bits on x86-64 (also with five paging levels, unless an application asks for more); where the architecture
-    // maps higher, this very program lies there.
-    let here = LOWEST_ADDRESS.max(highest_address as fn() -> usize as usize);
-    let bits = usize::BITS - here.leading_zeros();
-    (1usize << bits.max(47)) - page_size()
+    // The first stack lies at its end, whatever the architecture and its paging levels. The kernel left random bytes
+    // on it and tells where.
+    // SAFETY: getauxval(3) only looks up a value.
+    let on_the_stack = unsafe { libc::getauxval(libc::AT_RANDOM) } as usize;
+    let bits = if on_the_stack == 0 { 47 } else { usize::BITS - on_the_stack.leading_zeros() };
+    (1usize << bits) - page_size()
 }

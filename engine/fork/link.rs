@@ -37,6 +37,12 @@ impl Lifeline {
     /// [`Error::Shutdown`] when the engine is gone; what it refuses, with its errno.
     pub(crate) fn ask(&self, ask: Ask, descriptors: &[RawFd]) -> Result<(Reply, Vec<OwnedFd>)> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.socket.is_intact() {
+            // The application closed it: the number may be anything by now.
+            return Err(Error::NotInherited {
+                why: "the connection to the engine was closed by the application".into(),
+            });
+        }
         let socket = self.socket.as_fd();
         let answer = wire::send_ask(socket, ask, descriptors).and_then(|()| wire::receive_reply(socket));
         match answer {
@@ -47,7 +53,17 @@ impl Lifeline {
         }
     }
 
-    /// Sends the greeting, which is not answered.
+    /// Waits for the answer to the greeting: the engine serves this process now.
+    pub(crate) fn welcomed(&self) -> Result<()> {
+        match wire::receive_reply(self.socket.as_fd()) {
+            Ok(Some((Reply::Done, _))) => Ok(()),
+            _ => Err(Error::NotInherited {
+                why: "the engine is gone, or has no descriptor or memory to serve it".into(),
+            }),
+        }
+    }
+
+    /// Sends the greeting.
     pub(crate) fn greet(&self, hello: Ask, descriptors: &[&dyn AsRawFd]) -> Result<()> {
         let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
         wire::send_ask(self.socket.as_fd(), hello, &numbers).map_err(|_| Error::Shutdown)

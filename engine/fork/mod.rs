@@ -19,18 +19,16 @@ pub(crate) mod records;
 pub(crate) mod wire;
 
 use std::cell::RefCell;
-use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLockWriteGuard, Weak};
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::page::page_size;
 use crate::process::ledger::{self, Ledger, Private};
-use crate::process::mapping::{Mapping, Placement};
+use crate::process::mapping::{self, Mapping, Placement};
 use crate::process::{close_gate, descend, gate, open_pidfd};
 use crate::runtime::children::fork_space;
 use crate::runtime::shared::EngineShared;
@@ -59,7 +57,6 @@ pub(crate) fn enter(shared: &Arc<EngineShared>) -> Result<()> {
     if outcome != 0 {
         return Err(Error::sys("pthread_atfork")(Errno::from_raw(outcome)));
     }
-    ledger::lock().prepare_spare().map_err(Error::sys("eventfd for forked children"))?;
     let _gate = gate();
     let mut engines = lock_engines();
     engines.retain(|engine| engine.strong_count() > 0);
@@ -70,6 +67,11 @@ pub(crate) fn enter(shared: &Arc<EngineShared>) -> Result<()> {
 /// The engines that this process has or inherited, alive ones only.
 pub(crate) fn engines() -> Vec<Arc<EngineShared>> {
     let _gate = gate();
+    engines_ungated()
+}
+
+/// As [`engines`]; the caller keeps forks away.
+fn engines_ungated() -> Vec<Arc<EngineShared>> {
     lock_engines().iter().filter_map(Weak::upgrade).collect()
 }
 
@@ -87,6 +89,8 @@ struct Inheritance {
     records: MmapVec<AreaRecord>,
     /// The child's end.
     lifeline: OwnedFd,
+    /// In the child: whether the areas' addresses could be reserved.
+    reserved: std::result::Result<(), Errno>,
 }
 
 /// What the forking thread holds from *prepare* to *parent* or *child*. Dropped in this order.
@@ -102,8 +106,11 @@ thread_local! {
 
 extern "C" fn prepare() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        let prepared = engines().into_iter().map(|shared| Prepared { inheritance: inherit(&shared), shared }).collect();
+        // Closed before the engine is asked what the child inherits: what is attached, detached or forked by other
+        // threads is then either before that or after the fork, and a descriptor made here is in no other child.
         let gate = close_gate();
+        let inherited = engines_ungated().into_iter();
+        let prepared = inherited.map(|shared| Prepared { inheritance: inherit(&shared), shared }).collect();
         let ledger = ledger::lock();
         HELD.set(Some(Held { ledger, _gate: gate, prepared }));
     }));
@@ -112,22 +119,30 @@ extern "C" fn prepare() {
 extern "C" fn parent() {
     let _ = catch_unwind(|| {
         if let Some(Held { ledger, _gate: gate, prepared }) = HELD.take() {
-            // The locks first: what is dropped here may need them.
+            // The child's ends of the lifelines before another thread can fork: its child would hide the hang-up.
+            let (engines, inheritances): (Vec<_>, Vec<_>) =
+                prepared.into_iter().map(|prepared| (prepared.shared, prepared.inheritance)).unzip();
+            drop(inheritances);
             drop(ledger);
             drop(gate);
-            drop(prepared);
+            // After the locks, which it may need if this was the last reference.
+            drop(engines);
         }
     });
 }
 
 extern "C" fn child() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        let Some(Held { ledger, _gate: gate, prepared }) = HELD.take() else { return };
-        ledger.neutralise();
+        let Some(Held { mut ledger, _gate: gate, mut prepared }) = HELD.take() else { return };
+        descend();
+        ledger.close_all();
         // No other thread is here that the locks would keep away.
         drop(ledger);
         drop(gate);
-        descend();
+        // Before anything else is mapped, by the allocator or for a thread's stack, of this engine or of another.
+        for inheritance in prepared.iter_mut().filter_map(|prepared| prepared.inheritance.as_mut().ok()) {
+            inheritance.reserved = reserve_all(&inheritance.records);
+        }
         for Prepared { shared, inheritance } in prepared {
             let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance)) {
                 Ok(local) => local,
@@ -147,41 +162,48 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
     }
     let (engine_end, child_end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(Error::sys("socketpair for a child's lifeline"))?;
-    match &*shared.local() {
+    match &*shared.local_ungated() {
         Local::Owner { .. } => {
             let engine_end = ledger::lock().adopt(engine_end);
             let records = fork_space(shared, OWN_SPACE, engine_end)?;
-            Ok(Inheritance { records, lifeline: child_end })
+            Ok(Inheritance { records, lifeline: child_end, reserved: Ok(()) })
         }
         Local::Child { lifeline, .. } => {
             let (reply, mut descriptors) = lifeline.ask(Ask::Fork, &[engine_end.as_raw_fd()])?;
             let (Reply::Forked, Some(memfd)) = (reply, descriptors.pop()) else {
                 return Err(Error::sys("the answer to a fork")(Errno::EPROTO));
             };
-            Ok(Inheritance { records: read_records(memfd)?, lifeline: child_end })
+            Ok(Inheritance { records: read_records(memfd)?, lifeline: child_end, reserved: Ok(()) })
         }
         Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
     }
 }
 
-/// In the child: maps and registers what it inherits, greets the engine, starts the guard. All or nothing: when any
+/// In the child: maps and registers what it inherits, starts the guard, greets the engine. All or nothing: when any
 /// step fails the engine is told so, takes the count back, and the child has none of the areas.
 fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Local> {
-    let Inheritance { records, lifeline } = inheritance;
+    let Inheritance { records, lifeline, reserved } = inheritance;
     let socket = Arc::new(ledger::lock().adopt(lifeline));
     let lifeline = Lifeline::new(Arc::clone(&socket));
     let pid = nix::unistd::getpid().as_raw();
-    let attempt = map_all(shared, &records);
-    let outcome = attempt.and_then(|(uffd, mappings)| {
+    let attempt =
+        reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, &records));
+    let outcome = attempt.and_then(|attached| {
         let pidfd = open_pidfd(pid)?;
         let guard = guard::Guard {
             lifeline: socket,
             owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
-            uffd: Arc::clone(&uffd),
+            uffd: Arc::clone(&attached.uffd),
             messages: MsgBuffer::new(GUARD_MESSAGES),
         };
-        threads::spawn(Role::Guard, shared.id, move || guard.run())?;
-        lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**uffd, &pidfd])?;
+        // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
+        let (ready, is_ready) = crossbeam_channel::bounded::<()>(1);
+        threads::spawn(Role::Guard, shared.id, move || guard.run(|| drop(ready)))?;
+        // Its end is the answer.
+        let _ = is_ready.recv();
+        lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**attached.uffd, &pidfd])?;
+        lifeline.welcomed()?;
+        let Reattached { uffd, mappings } = attached;
         mappings.into_iter().for_each(Mapping::release);
         Ok(uffd)
     });
@@ -189,43 +211,45 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
         Err(error) => {
             let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, &[]);
-            reserve(&records);
             Err(error)
         }
     }
 }
 
-/// Keeps the addresses of areas that could not be mapped from being used for something else: a pointer into them must
-/// not meet foreign bytes.
-fn reserve(records: &[AreaRecord]) {
+/// Keeps the addresses of a child's areas from being used for something else: a pointer into them must not meet foreign
+/// bytes, whether the areas can be mapped or not.
+fn reserve_all(records: &[AreaRecord]) -> std::result::Result<(), Errno> {
+    let mut outcome = Ok(());
     for record in records {
-        let (Some(addr), Some(len)) =
-            (NonZeroUsize::new(record.start as usize), NonZeroUsize::new(record.len as usize))
-        else {
-            continue;
-        };
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
-        // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; if the range is taken, it is left alone.
-        let _ = unsafe { mmap_anonymous(Some(addr), len, ProtFlags::PROT_NONE, flags) };
+        outcome = outcome.and(mapping::reserve(record.start as usize, record.len as usize));
     }
+    outcome
 }
 
-type Reattached = (Arc<Private<Userfault>>, Vec<Mapping>);
+/// A child's areas, mapped and registered.
+struct Reattached {
+    /// Declared before the mappings: closing it ends the registrations. An unmap of a registered range waits until its
+    /// event is read, and as long as the engine has not got the descriptor nobody reads.
+    uffd: Arc<Private<Userfault>>,
+    mappings: Vec<Mapping>,
+}
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
     let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
-    let mut mappings = Vec::with_capacity(records.len());
+    let mut attached = Reattached { uffd: Arc::new(uffd), mappings: Vec::with_capacity(records.len()) };
     for record in records {
         let vmap =
             shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
         let (start, len) = (record.start as usize, record.len as usize);
         let offset = record.pgoff * page_size() as u64;
-        let mapping = Mapping::hidden(vmap.memfd(), len, offset, Placement::At(start))?;
-        uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
-        mapping.reveal(record.is_writable())?;
-        mappings.push(mapping);
+        let mapping = Mapping::hidden(vmap.memfd(), len, offset, Placement::Reserved(start))?;
+        attached.mappings.push(mapping);
+        attached.uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
+        if let Some(mapping) = attached.mappings.last() {
+            mapping.reveal(record.is_writable())?;
+        }
         // The child's copy of the table holds it too; one reference must outlive the child's handles.
         std::mem::forget(vmap);
     }
-    Ok((Arc::new(uffd), mappings))
+    Ok(attached)
 }

@@ -37,7 +37,7 @@ pub(crate) enum Ask {
     Fork,
 }
 
-/// What the engine answers; a greeting is not answered.
+/// What the engine answers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Reply {
     Attached {

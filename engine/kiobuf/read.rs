@@ -70,6 +70,8 @@ pub(super) fn read_data(extent: &Extent, position: u64, buf: &mut [u8]) -> Resul
         Base::Mmap(map) => read_mapped_file(map.as_ptr().addr() + position as usize, buf),
         Base::File { file, at } => file.read(at + position, buf),
         Base::Source(source) => {
+            // What a source leaves out must not be what another list's page left in the buffer.
+            buf.fill(0);
             source.read_at(position, buf).map_err(|error| ReadFailure::Source { offset_bytes: position, error })
         }
         Base::Zero => {

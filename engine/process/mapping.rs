@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap};
 
 use super::depth;
 use crate::{Error, Result};
@@ -21,15 +21,19 @@ pub(crate) enum Placement {
     Anywhere,
     /// At this address or not at all.
     At(usize),
+    /// In the place of a reservation that this thread has just made there ([`reserve`]).
+    Reserved(usize),
 }
 
-/// A shared mapping; unmapped when dropped by the process that made it.
+/// A shared mapping; when dropped by the process that made it, it is unmapped, or becomes the reservation again that it
+/// took the place of.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     addr: usize,
     len: usize,
     /// A forked child has a copy of this value but not the mapping: its addresses may be anything there.
     depth: u32,
+    from_reservation: bool,
 }
 
 impl Mapping {
@@ -46,8 +50,9 @@ impl Mapping {
         let (hint, fixed) = match placement {
             Placement::Anywhere => (None, MapFlags::empty()),
             Placement::At(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED_NOREPLACE),
+            Placement::Reserved(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED),
         };
-        // SAFETY: without MAP_FIXED no existing mapping is replaced, so no memory of anyone changes.
+        // SAFETY: nothing is replaced but a reservation, which holds nobody's memory.
         let mapped = unsafe {
             mmap(
                 hint,
@@ -63,7 +68,8 @@ impl Mapping {
             (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
             (Err(errno), _) => return Err(Error::sys("mmap of a vmap")(errno)),
         };
-        let mapping = Mapping { addr, len, depth: depth() };
+        let from_reservation = matches!(placement, Placement::Reserved(_));
+        let mapping = Mapping { addr, len, depth: depth(), from_reservation };
         if let Placement::At(wanted) = placement
             && wanted != addr
         {
@@ -116,18 +122,38 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if self.depth == depth() {
-            unmap(self.addr, self.len);
+        if self.depth != depth() {
+            return;
+        }
+        // In one step: in between, the memory of another thread could take the place.
+        if !self.from_reservation || reserve_with(self.addr, self.len, MapFlags::MAP_FIXED).is_err() {
+            // A whole mapping of ours can always be unmapped; at the worst the range stays taken.
+            let _ = unmap(self.addr, self.len);
         }
     }
 }
 
+/// Keeps addresses from being used for anything: a touch there is SIGSEGV. Allocates nothing.
+///
+/// # Errors
+///
+/// `EEXIST` when something is mapped there, which is left alone.
+pub(crate) fn reserve(addr: usize, len: usize) -> std::result::Result<(), Errno> {
+    reserve_with(addr, len, MapFlags::MAP_FIXED_NOREPLACE)
+}
+
+fn reserve_with(addr: usize, len: usize, fixed: MapFlags) -> std::result::Result<(), Errno> {
+    let (Some(start), Some(length)) = (NonZeroUsize::new(addr), NonZeroUsize::new(len)) else {
+        return Err(Errno::EINVAL);
+    };
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | fixed;
+    // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; MAP_FIXED is asked for by the one caller that owns what is there.
+    unsafe { mmap_anonymous(Some(start), length, ProtFlags::PROT_NONE, flags) }.map(drop)
+}
+
 /// Unmaps a range that is known to be ours.
-pub(crate) fn unmap(addr: usize, len: usize) {
-    if let Some(pointer) = NonNull::new(addr as *mut libc::c_void) {
-        // SAFETY: the caller owns the range. munmap of a valid range can fail only for want of memory to split a
-        // mapping, which a whole mapping does not need.
-        let result = unsafe { munmap(pointer, len) };
-        debug_assert!(result.is_ok(), "munmap of {len:#x} bytes at {addr:#x}: {result:?}");
-    }
+pub(crate) fn unmap(addr: usize, len: usize) -> Result<()> {
+    let pointer = NonNull::new(addr as *mut libc::c_void).ok_or(Error::sys("munmap")(Errno::EINVAL))?;
+    // SAFETY: the caller owns the range.
+    unsafe { munmap(pointer, len) }.map_err(Error::sys("munmap of a region"))
 }

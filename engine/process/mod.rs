@@ -30,12 +30,14 @@ pub(crate) fn descend() {
     DEPTH.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Keeps forks away. Never held while waiting for another thread.
+/// Keeps forks away. Held while waiting for the fault-handling thread at the most, which never takes it; not while code
+/// of the application runs, and not twice by one thread.
 pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
     GATE.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits until no thread keeps forks away, and lets none until dropped.
+/// Waits until no thread keeps forks away, and lets none until dropped: taken before a child's areas are listed, so that
+/// an attach or a detach is either in the list or after the fork.
 pub(crate) fn close_gate() -> RwLockWriteGuard<'static, ()> {
     GATE.write().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -12,6 +11,7 @@ use crate::fork::wire::{Ask, Reply};
 use crate::page::{is_aligned, page_size, pages_for};
 use crate::process::mapping::{Mapping, Placement};
 use crate::process::{depth, gate};
+use crate::runtime::callbacks;
 use crate::runtime::handles::Request;
 use crate::runtime::insert::{NewArea, insert};
 use crate::runtime::shared::EngineShared;
@@ -19,7 +19,7 @@ use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
 use crate::sys::Userfault;
 use crate::vmap::Vmap;
-use crate::vmap::core::VmapCore;
+use crate::vmap::core::{Caller, VmapCore};
 use crate::{Error, Result};
 
 /// Whether writes reach the other processes.
@@ -143,10 +143,6 @@ impl Vmap {
     }
 }
 
-/// How long an attach waits for the report of the unmap that made room for it, and how often it looks.
-const VACANT_WITHIN: Duration = Duration::from_secs(10);
-const VACANT_PAUSE: Duration = Duration::from_micros(100);
-
 /// What is to be mapped, validated.
 struct Plan {
     len: usize,
@@ -213,7 +209,6 @@ fn attach(
     };
     uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
     let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
-    mapping.reveal(options.writable)?;
     let id = shared.new_region_id();
     let first = match &*local {
         Local::Child { lifeline, .. } => {
@@ -225,11 +220,14 @@ fn attach(
                 vmap: core.id,
                 flags: AreaRecord::flags(options.writable, options.inherit),
             };
-            let answer = once_vacant(|| lifeline.ask(Ask::Attach(record), &[]))?;
+            let answer = {
+                let _gate = gate();
+                lifeline.ask(Ask::Attach(record), &[])?
+            };
             let (Reply::Attached { first }, _) = answer else {
                 return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
             };
-            registration.served.set(true);
+            registration.served(options.writable)?;
             if let Some(transition) = transition {
                 transition(first);
             }
@@ -265,6 +263,15 @@ struct Registration<'a> {
     served: Cell<bool>,
 }
 
+impl Registration<'_> {
+    /// The engine serves it: only now may it be touched. A thread that touched it before, by a pointer into what was
+    /// there earlier, would be taken for one that touches what nobody knows.
+    fn served(&self, writable: bool) -> Result<()> {
+        self.served.set(true);
+        self.mapping.reveal(writable)
+    }
+}
+
 impl Drop for Registration<'_> {
     fn drop(&mut self) {
         // In a child forked meanwhile there is no mapping, and the descriptor is nobody's.
@@ -285,20 +292,6 @@ impl Drop for TransitionGuard<'_> {
     }
 }
 
-/// Repeats an attempt that finds the range still taken by an area: the kernel gave the range to us, so that area is gone.
-/// The thread that unmapped it gives up the address space first and reports the unmap then, and may be preempted between.
-fn once_vacant<R>(mut attempt: impl FnMut() -> Result<R>) -> Result<R> {
-    let start = Instant::now();
-    loop {
-        match attempt() {
-            Err(error) if error.errno() == Errno::EEXIST && start.elapsed() < VACANT_WITHIN => {
-                std::thread::sleep(VACANT_PAUSE);
-            }
-            outcome => return outcome,
-        }
-    }
-}
-
 /// In the engine's process: counts the area, has it served, and runs the closure.
 fn count_and_insert(
     core: &Arc<VmapCore>,
@@ -308,8 +301,12 @@ fn count_and_insert(
     region: u64,
     transition: Option<Transition<'_>>,
 ) -> Result<bool> {
-    let from_callback = threads::current_role(shared.id) == Some(Role::Callback);
-    let first = core.open(from_callback, transition.is_some())?;
+    let caller = match callbacks::running() {
+        _ if threads::current_role(shared.id) != Some(Role::Callback) => Caller::Any,
+        Some(vmap) if vmap == core.id => Caller::ItsCallback,
+        _ => Caller::OtherCallback,
+    };
+    let first = core.open(caller, transition.is_some())?;
     let _transition = (first || transition.is_some()).then(|| TransitionGuard(core, shared));
     let mapping = registration.mapping;
     let area = NewArea {
@@ -320,11 +317,11 @@ fn count_and_insert(
         writable: options.writable,
         inherit: options.inherit,
     };
-    if let Err(error) = once_vacant(|| insert(shared, OWN_SPACE, core, area)) {
+    if let Err(error) = insert(shared, OWN_SPACE, core, area) {
         core.take_back(first);
         return Err(error);
     }
-    registration.served.set(true);
+    registration.served(options.writable)?;
     if let Some(transition) = transition {
         transition(first);
     }

@@ -5,11 +5,13 @@ mod attach;
 
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 pub use attach::{AttachOptions, Sharing};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::process::{depth, mapping};
+use crate::process::{depth, gate, mapping};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::space::OWN_SPACE;
@@ -89,28 +91,26 @@ impl Region {
         }
     }
 
-    /// Unmaps what is left of the region; the answer is the number of pieces, for the count.
-    fn unmap(&self) -> Result<usize> {
-        let mut unmapped = 0;
+    /// Unmaps what is left of the region.
+    fn unmap(&self, local: &Local) -> Result<()> {
         loop {
-            let pieces = match &*self.shared.local() {
+            let pieces = match local {
                 Local::Owner { .. } => {
                     let region = self.id;
                     self.shared.handler.ask(|reply| Command::Pieces { space: OWN_SPACE, region, reply })?
                 }
                 Local::Child { lifeline, .. } => match lifeline.ask(Ask::Pieces { region: self.id }, &[])? {
                     (Reply::Pieces(pieces), _) => pieces,
-                    _ => return Ok(unmapped),
+                    _ => return Err(Error::sys("the answer about a region")(Errno::EPROTO)),
                 },
-                Local::Lost { .. } => return Ok(unmapped),
+                Local::Lost { why } => return Err(Error::NotInherited { why: why.clone() }),
             };
             if pieces.as_slice().is_empty() {
-                return Ok(unmapped);
+                return Ok(());
             }
             for &(start, end) in pieces.as_slice() {
                 // Only what the table says is still this region's: the rest may be somebody else's by now.
-                mapping::unmap(start, end - start);
-                unmapped += 1;
+                mapping::unmap(start, end - start)?;
             }
         }
     }
@@ -121,21 +121,27 @@ impl Drop for Region {
         if self.check().is_err() {
             return;
         }
-        match &*self.shared.local() {
+        let local = self.shared.local();
+        // A child that another thread forks has all of the area or nothing.
+        let _gate = gate();
+        match &*local {
             Local::Owner { .. } => {
                 let region = self.id;
                 // While it is leaving, its end is not reported by the kernel's event but counted here, after the
                 // unmap: the callback then finds it gone.
-                if self.shared.handler.ask(|reply| Command::Leave { region, reply }).is_ok() {
-                    let pieces = self.unmap().unwrap_or(0);
-                    self.core.close(pieces);
+                if let Ok(pieces) = self.shared.handler.ask(|reply| Command::Leave { region, reply }) {
+                    // munmap is refused only for want of mappings (vm.max_map_count), when the kernel has merged the
+                    // range with a neighbour's. What is still mapped is still counted.
+                    if self.unmap(&local).is_ok() {
+                        self.core.close(pieces);
+                    }
                     self.shared.handler.send(Command::Left);
                 }
             }
             Local::Child { lifeline, .. } => {
                 // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
                 // the range stays mapped: which parts of it are still ours, only the engine knew.
-                if self.unmap().is_ok() {
+                if self.unmap(&local).is_ok() {
                     let _ = lifeline.ask(Ask::Sync, &[]);
                 }
             }

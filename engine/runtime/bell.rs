@@ -19,8 +19,11 @@ impl Bell {
 
     /// Wakes the listener, now or at its next wait.
     pub(crate) fn ring(&self) {
-        // EAGAIN means that the counter is full: it has been rung and not heard yet.
-        let _ = self.0.write(1);
+        // In a forked child nobody listens, and the number may be anything. EAGAIN means that the counter is full: it
+        // has been rung and not heard yet.
+        if self.0.is_here() {
+            let _ = self.0.write(1);
+        }
     }
 
     /// Takes note of every ring so far.

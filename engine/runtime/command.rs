@@ -31,8 +31,9 @@ pub(crate) enum Command {
     Insert { space: SpaceId, area: Area<Target>, reply: Ticket<Result<(), InsertError<Target>>> },
     /// Tells pieces of a region.
     Pieces { space: SpaceId, region: u64, reply: Ticket<Pieces> },
-    /// Marks a region of the own process: its end will not be reported, its owner counts it and says `Left`.
-    Leave { region: u64, reply: Ticket<()> },
+    /// Marks a region of the own process, and tells of how many pieces it consists: their end will not be reported, and
+    /// a split of them not be counted. The asker counts them, and says `Left`.
+    Leave { region: u64, reply: Ticket<usize> },
     /// A region that was left is counted.
     Left,
     /// Tells the start of an area of the own process that overlaps a range.
@@ -89,7 +90,7 @@ pub(crate) struct ReadOrder {
 impl ReadOrder {
     /// The fault that it is for.
     pub(crate) fn fault(&self) -> Fault {
-        Fault { space: self.space, addr: self.addr, tid: 0, retries: 0, alone: false }
+        Fault { space: self.space, addr: self.addr, tid: 0, retries: 0, starved: 0, alone: false }
     }
 }
 

@@ -376,6 +376,12 @@ impl Engine {
         let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
         let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        if role.is_none() {
+            // Callbacks that are due by now: the answer is the end of the channel.
+            let (due, done) = crossbeam_channel::bounded::<()>(0);
+            let _ = self.shared.notices.send(Notice::Settle(due));
+            let _ = done.recv();
+        }
         if own_areas == 0 && role.is_none() {
             for thread in threads {
                 // A panic of a thread was caught and counted inside.

@@ -12,6 +12,8 @@ pub(crate) struct Fault {
     pub(crate) tid: i32,
     /// How often it was put off.
     pub(crate) retries: u32,
+    /// How often the kernel had no memory for it.
+    pub(crate) starved: u32,
     /// Its page is to be installed without neighbours: with them it failed.
     pub(crate) alone: bool,
 }

@@ -25,7 +25,7 @@ use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, AreaTable, Change, InsertError};
 use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
-use crate::sys::{FaultKind, Message, MsgBuffer, Userfault};
+use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
 
 /// Messages read by one system call.
@@ -51,6 +51,8 @@ pub(crate) struct Handler {
     pending: MmapVec<Fault>,
     /// Faults to be tried again: the address space is changing, or a resource is not free.
     parked: MmapVec<Fault>,
+    /// Commands that came too early.
+    held: MmapVec<Command>,
     /// Posts that found the keeper's channel full.
     unsent: MmapVec<Post>,
     resolver: Resolver,
@@ -118,6 +120,7 @@ impl Handler {
             bell: parts.bell,
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
+            held: MmapVec::new(),
             unsent: MmapVec::new(),
             done: parts.done,
             retired: false,
@@ -149,6 +152,7 @@ impl Handler {
             self.retry_parked();
             self.flush_unsent();
             // Commands come last: a barrier then stands behind everything that was read before it.
+            self.obey_held();
             if rung {
                 self.obey_commands();
             }
@@ -168,7 +172,7 @@ impl Handler {
 
     /// How long to wait for news: for ever, unless something is to be tried again.
     fn pause(&mut self) -> EpollTimeout {
-        if self.parked.is_empty() && self.unsent.is_empty() {
+        if self.parked.is_empty() && self.unsent.is_empty() && self.held.is_empty() {
             self.idle_rounds = 0;
             return EpollTimeout::NONE;
         }
@@ -192,9 +196,14 @@ impl Handler {
         loop {
             // Each message may split an area. Without room for that, its event must not be read: the thread that
             // unmaps then waits, and nothing is lost.
-            let room = self.spaces[index].table.try_reserve(4 * MESSAGES_PER_READ).is_ok()
-                && self.unsent.try_reserve(4 * MESSAGES_PER_READ).is_ok();
-            if !room || self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
+            let table = &mut self.spaces[index].table;
+            let most_areas = table.len() + 4 * MESSAGES_PER_READ;
+            if table.try_reserve(4 * MESSAGES_PER_READ).is_err() || self.unsent.try_reserve(most_areas).is_err() {
+                // epoll goes on to report it: give others the processor, perhaps one of them frees some.
+                std::thread::yield_now();
+                return;
+            }
+            if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
             let Handler { spaces, messages, pending, parked, unsent, shared, resolver, .. } = self;
@@ -205,9 +214,9 @@ impl Handler {
                     add(&shared.counters.faults, 1);
                     add(&shared.counters.write_faults, write.into());
                     space.counters.faults.fetch_add(1, Ordering::Relaxed);
-                    let fault = Fault { space: id, addr: page_floor(addr), tid, retries: 0, alone: false };
+                    let fault = Fault { space: id, addr: page_floor(addr), tid, retries: 0, starved: 0, alone: false };
                     // One answer is for all that wait for the page, except that a worker may be refused.
-                    if resolver.is_worker(tid)
+                    if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
                     {
                         // There is room: checked above.
@@ -263,17 +272,19 @@ impl Handler {
     fn follow(&mut self, fault: Fault, answer: Answer) {
         match answer {
             Answer::Done => {}
-            Answer::Later => {
+            Answer::Later | Answer::Starved => {
                 add(&self.shared.counters.parked, 1);
                 let retries = fault.retries.saturating_add(1);
+                let starved = fault.starved.saturating_add((answer == Answer::Starved).into());
                 // A worker's fault is not to be taken for another thread's: it must not wait for a worker.
-                let own = self.resolver.is_worker(fault.tid);
+                let own = self.resolver.is_worker(&fault);
                 let covers = |f: &Fault| f.space == fault.space && f.addr == fault.addr && (!own || f.tid == fault.tid);
                 if let Some(held) = self.parked.iter_mut().find(|held| covers(held)) {
                     held.retries = held.retries.max(retries);
+                    held.starved = held.starved.max(starved);
                 } else if self.parked.len() < FAULTS_HELD {
                     // Reserved at the start.
-                    let _ = self.parked.try_push(Fault { retries, ..fault });
+                    let _ = self.parked.try_push(Fault { retries, starved, ..fault });
                 } else if let Some(index) = self.index_of(fault.space) {
                     // No place to hold it: the thread faults again, and its new message waits in the kernel.
                     if let Some(uffd) = &self.spaces[index].uffd {
@@ -338,7 +349,42 @@ impl Handler {
 
     fn obey_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            self.obey(command);
+            if let Some(command) = self.too_early(command)
+                && let Err((command, _)) = self.held.try_push(command)
+            {
+                // No memory to hold it, so it is not held.
+                self.obey(command);
+            }
+        }
+    }
+
+    /// Gives a command back that must wait; obeys any other.
+    fn too_early(&mut self, command: Command) -> Option<Command> {
+        let early = match &command {
+            // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be
+            // of the very addresses that the new area has by now, and would be taken for its end.
+            Command::Insert { space, .. } => {
+                let uffd = self.index_of(*space).and_then(|index| self.spaces[index].uffd.as_ref());
+                uffd.is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
+            }
+            Command::Barrier { .. } => !self.unsent.is_empty(),
+            _ => false,
+        };
+        if early {
+            return Some(command);
+        }
+        self.obey(command);
+        None
+    }
+
+    /// Looks again at the commands that had to wait.
+    fn obey_held(&mut self) {
+        for _ in 0..self.held.len() {
+            let command = self.held.remove(0);
+            if let Some(command) = self.too_early(command) {
+                // A place was just made free.
+                let _ = self.held.try_push(command);
+            }
         }
     }
 
@@ -348,6 +394,7 @@ impl Handler {
             && !self.shared.is_attaching()
             && self.spaces.iter().all(|space| space.table.is_empty())
             && self.unsent.is_empty()
+            && self.held.is_empty()
             && self.keeper.try_post(Post::HandlerEnded).is_ok()
     }
 
@@ -365,10 +412,8 @@ impl Handler {
             }
             Command::Leave { region, reply } => {
                 self.leavers += 1;
-                if let Some(index) = self.index_of(OWN_SPACE) {
-                    self.spaces[index].table.mark_leaving(region);
-                }
-                reply.answer(());
+                let table = self.index_of(OWN_SPACE).map(|index| &mut self.spaces[index].table);
+                reply.answer(table.map_or(0, |table| table.mark_leaving(region)));
             }
             Command::Left => self.leavers -= 1,
             Command::Overlap { start, end, reply } => {

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use super::command::Command;
 use super::shared::EngineShared;
+use crate::process::gate;
 use crate::space::table::{Area, InsertError};
 use crate::space::{SpaceId, Target};
 use crate::vmap::core::{Contents, VmapCore};
@@ -23,12 +24,21 @@ pub(crate) struct NewArea {
 }
 
 /// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment.
+///
+/// # Errors
+///
+/// [`Error::AddressTaken`] when the table has the range as another area's; [`Error::Shutdown`]; [`Error::Sys`].
 pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
     let Contents { list, generation } = vmap.contents();
     let target = Target { vmap: Arc::clone(vmap), list: list.clone(), generation, inherit };
     let area = Area { start, end, pgoff, region, writable, leaving: false, target };
-    match shared.handler.ask(|reply| Command::Insert { space, area, reply })? {
+    let inserted = {
+        // A child that another thread forks has the area or does not have it, as the engine knows.
+        let _gate = gate();
+        shared.handler.ask(|reply| Command::Insert { space, area, reply })?
+    };
+    match inserted {
         Ok(()) => {}
         Err(InsertError::Overlap(_)) => return Err(Error::AddressTaken { addr: start, len: end - start }),
         Err(InsertError::NoMemory(_, Errno::ESHUTDOWN)) => return Err(Error::Shutdown),

@@ -6,10 +6,12 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use super::bell::EpollFd;
 use super::call::Ticket;
@@ -18,6 +20,7 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{NewArea, insert};
 use super::shared::EngineShared;
+use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
 use crate::page::{is_aligned, page_size};
@@ -25,7 +28,7 @@ use crate::process::ledger::{self, Private};
 use crate::space::{AreaRecord, SpaceId};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
-use crate::vmap::core::{Notice, Opened};
+use crate::vmap::core::{Caller, Notice, Opened};
 use crate::{Error, Result};
 
 const BELL_TOKEN: u64 = u64::MAX;
@@ -94,10 +97,16 @@ impl Keeper {
 
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
+        let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
-            let pause = if orphans { EpollTimeout::from(ORPHAN_LOOK_MS) } else { EpollTimeout::NONE };
-            if self.attend(pause) == 0 && orphans {
+            self.attend(if orphans { EpollTimeout::from(ORPHAN_LOOK_MS) } else { EpollTimeout::NONE });
+            if self.shared.is_child() {
+                // What was dropped here forked and returned in the child.
+                threads::end_child();
+            }
+            if orphans && looked.elapsed() >= Duration::from_millis(ORPHAN_LOOK_MS.into()) {
+                looked = Instant::now();
                 let orphans: Vec<_> =
                     self.peers.iter().filter(|(_, peer)| peer.orphan).map(|(&space, _)| space).collect();
                 orphans.into_iter().for_each(|space| self.look_after(space));
@@ -168,8 +177,8 @@ impl Keeper {
         let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
         self.shared.spaces_push(Arc::clone(&counters));
         self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), introduced: None, orphan: false });
-        if watched.is_err() {
-            // Without being watched its end would never be noticed: let it go now; its guard takes over.
+        if watched.is_err() || self.shared.retired.load(Ordering::SeqCst) {
+            // Its end would never be noticed, or the others were let go already. It is told by its lifeline.
             self.part_with(space);
         }
     }
@@ -250,7 +259,10 @@ impl Keeper {
             adopted.unwrap_or(Err(Errno::ESHUTDOWN))
         });
         match handed_over {
-            Ok(()) => peer.introduced = Some(Introduced { uffd, pidfd }),
+            Ok(()) => {
+                peer.introduced = Some(Introduced { uffd, pidfd });
+                self.reply(space, Reply::Done, None);
+            }
             Err(_) => self.part_with(space),
         }
     }
@@ -265,7 +277,7 @@ impl Keeper {
         };
         let vmap = self.shared.vmaps.find(record.vmap);
         let vmap = vmap.ok_or(Error::Invalid { what: "a vmap's id", value: record.vmap, rule: "it must exist" })?;
-        let Opened::Counted { first } = vmap.try_open(false, false)? else { return Ok(None) };
+        let Opened::Counted { first } = vmap.try_open(Caller::Any, false)? else { return Ok(None) };
         let inherit = record.flags & AreaRecord::INHERIT != 0;
         let area =
             NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
@@ -344,6 +356,10 @@ impl Keeper {
     /// Forgets a child: its areas are counted down, and closing its lifeline sets its guard to work if it lives.
     fn part_with(&mut self, space: SpaceId) {
         let Some(peer) = self.peers.remove(&space) else { return };
+        if let Some(lifeline) = &peer.lifeline {
+            // Closing it would not be noticed where a raw clone left a copy of it.
+            let _ = shutdown(lifeline.as_raw_fd(), Shutdown::Both);
+        }
         self.shared.spaces_remove(space);
         if let Ok(Some(removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
             // Areas that ended by an event before are among the posts.

@@ -17,7 +17,7 @@ use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
-use crate::space::{Space, Target};
+use crate::space::{OWN_SPACE, Space, Target};
 use crate::stats::add;
 use crate::sys::{Install, Stop, Userfault};
 
@@ -33,6 +33,8 @@ pub(crate) enum Answer {
     Done,
     /// To be tried again soon.
     Later,
+    /// The same, because the kernel has no memory now.
+    Starved,
     /// The process is gone.
     Gone,
 }
@@ -121,7 +123,7 @@ impl Resolver {
         let vmap = area.target.vmap.id;
         if self.claims.iter().any(|claim| claim.vmap == vmap && claim.pages.contains(&pgoff)) {
             // Being read. When it is installed, this thread is woken or finds the page present.
-            return if self.is_worker(fault.tid) { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
+            return if self.is_worker(fault) { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
         }
         // Installed meanwhile, perhaps in another space: then only this mapping of it is missing.
         if fault.retries > 0
@@ -143,14 +145,15 @@ impl Resolver {
                 add(&self.shared.counters.source_errors, 1);
                 self.poison(space, uffd, fault.addr)
             }
-            TryRead::WouldBlock if self.is_worker(fault.tid) => self.refuse_worker(space, uffd, fault),
+            TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
             TryRead::WouldBlock => self.hand_to_worker(space, area, fault, window),
         }
     }
 
-    /// Tells whether a thread is one of the workers.
-    pub(crate) fn is_worker(&self, tid: i32) -> bool {
-        self.workers.iter().any(|id| id.load(Ordering::Relaxed) == tid)
+    /// Tells whether the thread that faulted is one of the workers. Another process's thread ids may be of another
+    /// namespace.
+    pub(crate) fn is_worker(&self, fault: &Fault) -> bool {
+        fault.space == OWN_SPACE && self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid)
     }
 
     /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
@@ -290,7 +293,7 @@ impl Resolver {
         match stop {
             Stop::Present | Stop::Changing => Answer::Later,
             Stop::Gone => Answer::Gone,
-            Stop::NoMemory if fault.retries < OUT_OF_MEMORY_RETRIES => Answer::Later,
+            Stop::NoMemory if fault.starved < OUT_OF_MEMORY_RETRIES => Answer::Starved,
             // Unmapped between the fault and now: its event is on the way.
             Stop::Unmapped if fault.retries < UNMAPPED_RETRIES => Answer::Later,
             Stop::Unmapped => self.wake(uffd, fault.addr),
@@ -343,7 +346,8 @@ impl Resolver {
         }
     }
 
-    /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves.
+    /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves. A page that became resident
+    /// after its fault, as by a shutdown that fills, is there for the thread that touches again.
     pub(crate) fn poison_in(&mut self, space: &Space, addr: usize) -> Answer {
         match &space.uffd {
             Some(uffd) => self.poison(space, uffd, addr),

@@ -70,6 +70,11 @@ impl EngineShared {
     /// How this process reaches the engine.
     pub(crate) fn local(&self) -> Arc<Local> {
         let _gate = gate();
+        self.local_ungated()
+    }
+
+    /// As [`EngineShared::local`]; the caller keeps forks away.
+    pub(crate) fn local_ungated(&self) -> Arc<Local> {
         Arc::clone(&self.local.read().unwrap_or_else(PoisonError::into_inner))
     }
 

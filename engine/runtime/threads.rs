@@ -54,6 +54,13 @@ pub(crate) fn current_role(engine: u64) -> Option<Role> {
     ROLE.get().filter(|(_, id)| *id == engine).map(|(role, _)| role)
 }
 
+/// Ends a forked child whose only application thread was a thread of the engine: its code forked there and returned,
+/// and there is nothing to return to.
+pub(crate) fn end_child() -> ! {
+    // SAFETY: ends the process without the parent's exit handlers.
+    unsafe { libc::_exit(0) }
+}
+
 /// Starts a thread of engine `engine`. It blocks signals, so that no handler of the application runs on it and no
 /// system call of it is interrupted; the caller's mask is left as it was.
 ///

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
 use super::shared::EngineShared;
+use super::threads;
 use crate::page::page_size;
 use crate::stats::add;
 
@@ -31,20 +32,20 @@ pub(crate) fn run(
     ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
     while let Ok(ReadJob { list, mut order }) = jobs.recv() {
         let bytes = (order.pages.end - order.pages.start) as usize * page_size();
-        let read = catch_unwind(AssertUnwindSafe(|| list.read_pages(order.pages.start, &mut order.buffer.0[..bytes])));
-        drop(list);
+        // Dropping the list may be the last that its guards hear; their code is the application's too.
+        let read = catch_unwind(AssertUnwindSafe(|| {
+            let read = list.read_pages(order.pages.start, &mut order.buffer.0[..bytes]);
+            drop(list);
+            // A failure may own memory, which is to be freed here and not by the fault-handling thread.
+            read.map_err(|failure| failure.errno())
+        }));
         if shared.is_child() {
-            // The source forked and returned in the child: nothing of this loop belongs to it.
-            return;
+            threads::end_child();
         }
-        // The failure itself may own memory, which is to be freed here and not by the fault-handling thread.
-        let outcome = match read {
-            Ok(outcome) => outcome.map_err(|failure| failure.errno()),
-            Err(_) => {
-                add(&shared.counters.panics, 1);
-                Err(Errno::EIO)
-            }
-        };
+        let outcome = read.unwrap_or_else(|_| {
+            add(&shared.counters.panics, 1);
+            Err(Errno::EIO)
+        });
         if done.send(ReadDone { order, outcome }).is_err() {
             return;
         }

@@ -209,9 +209,9 @@ impl<T: Clone> AreaTable<T> {
         self.iter().filter(move |area| area.region == region)
     }
 
-    /// Notes that the owner of one attach is about to unmap all of it.
-    pub(crate) fn mark_leaving(&mut self, region: u64) {
-        self.iter_mut().filter(|area| area.region == region).for_each(|area| area.leaving = true);
+    /// Notes that the owner of one attach is about to unmap all of it; returns of how many pieces it consists.
+    pub(crate) fn mark_leaving(&mut self, region: u64) -> usize {
+        self.iter_mut().filter(|area| area.region == region).map(|area| area.leaving = true).count()
     }
 
     /// Returns the index of the first area that ends after `addr`: the one that contains it, or else the next.
@@ -231,10 +231,13 @@ impl<T: Clone> AreaTable<T> {
             return Ok(());
         };
         let tail = Area { start: addr, pgoff: area.pgoff_of(addr), ..area.clone() };
-        let target = area.target.clone();
+        // Whoever unmaps a leaving area has counted it as it was.
+        let counted = (!area.leaving).then(|| area.target.clone());
         self.areas.try_insert(index + 1, tail).map_err(|(_, errno)| errno)?;
         self.areas[index].end = addr;
-        change(Change::Split(target));
+        if let Some(target) = counted {
+            change(Change::Split(target));
+        }
         Ok(())
     }
 }

@@ -28,6 +28,8 @@ pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
 pub(crate) enum Notice {
     /// The last area of a vmap is gone.
     Deref(Arc<VmapCore>),
+    /// Dropped when every notice before it was attended to.
+    Settle(#[expect(dead_code, reason = "its drop is the answer")] Sender<()>),
     /// No area is left and none will come.
     End,
 }
@@ -77,6 +79,17 @@ struct Count {
     /// Callbacks that are owed and have not returned.
     derefs_owed: u32,
     destroyed: bool,
+}
+
+/// Who attaches: whether it may wait for a callback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// A thread that may.
+    Any,
+    /// The vmap's own callback, for which nobody needs to wait.
+    ItsCallback,
+    /// Another vmap's callback, on the thread that all wait for.
+    OtherCallback,
 }
 
 /// Whether an attach may count itself now.
@@ -169,23 +182,23 @@ impl VmapCore {
         debug_assert!(before > 0, "an inherited or split area is counted while its origin is");
     }
 
-    /// Counts an attach if it needn't wait. `from_callback`: the caller is the callback thread, which must not wait
-    /// for itself. `transition`: the caller goes on to run a closure. After that, and always after a first area, it
+    /// Counts an attach if it needn't wait. `transition`: the caller goes on to run a closure. After that, and always after a first area, it
     /// calls [`VmapCore::transition_done`]: until a first area is known to be, or not to be, nobody else is counted, so
     /// that each deref callback has its first.
     ///
     /// # Errors
     ///
-    /// [`Error::WouldDeadlock`] when called from within the closure of an `attach_with` on the same vmap;
+    /// [`Error::WouldDeadlock`] when called from within the closure of an `attach_with` on the same vmap, or from the
+    /// callback of another vmap while this one's is due;
     /// [`Error::Shutdown`] when the vmap was destroyed.
-    pub(crate) fn try_open(&self, from_callback: bool, transition: bool) -> Result<Opened> {
+    pub(crate) fn try_open(&self, caller: Caller, transition: bool) -> Result<Opened> {
         let mut count = self.count();
-        let opened = self.try_open_locked(&mut count, from_callback, transition);
+        let opened = self.try_open_locked(&mut count, caller, transition);
         count.put_off |= matches!(opened, Ok(Opened::Later)) && count.transition.is_some();
         opened
     }
 
-    fn try_open_locked(&self, count: &mut Count, from_callback: bool, transition: bool) -> Result<Opened> {
+    fn try_open_locked(&self, count: &mut Count, caller: Caller, transition: bool) -> Result<Opened> {
         let me = std::thread::current().id();
         if count.destroyed {
             return Err(Error::Shutdown);
@@ -193,7 +206,13 @@ impl VmapCore {
         if count.transition == Some(me) {
             return Err(Error::WouldDeadlock { what: "an attach", thread: "attach_with" });
         }
-        if count.transition.is_some() || (count.derefs_owed > 0 && !from_callback) {
+        if count.derefs_owed > 0 && caller == Caller::OtherCallback {
+            return Err(Error::WouldDeadlock {
+                what: "an attach to a vmap whose callback is due next",
+                thread: "callback",
+            });
+        }
+        if count.transition.is_some() || (count.derefs_owed > 0 && caller != Caller::ItsCallback) {
             return Ok(Opened::Later);
         }
         let first = self.refcount.fetch_add(1, Ordering::AcqRel) == 0;
@@ -204,10 +223,10 @@ impl VmapCore {
     }
 
     /// As [`VmapCore::try_open`], but waits; answers whether this is the first area.
-    pub(crate) fn open(&self, from_callback: bool, transition: bool) -> Result<bool> {
+    pub(crate) fn open(&self, caller: Caller, transition: bool) -> Result<bool> {
         let mut count = self.count();
         loop {
-            match self.try_open_locked(&mut count, from_callback, transition)? {
+            match self.try_open_locked(&mut count, caller, transition)? {
                 Opened::Counted { first } => return Ok(first),
                 Opened::Later => count = self.settled.wait(count).unwrap_or_else(PoisonError::into_inner),
             }

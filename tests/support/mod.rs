@@ -1,9 +1,11 @@
 //! What the tests share: processes of their own, deadlines, touches that survive SIGBUS, and lists to touch.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod scene;
 pub(crate) mod touch;
 
 use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -28,6 +30,7 @@ pub(crate) fn alone(name: &str, body: impl FnOnce()) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture", "--include-ignored", "--test-threads=1"])
         .env(ALONE, name)
+        .process_group(0)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -43,6 +46,8 @@ pub(crate) fn alone(name: &str, body: impl FnOnce()) {
         })
     });
     let status = child.wait().unwrap();
+    // What it forked and left behind would keep the streams open.
+    let _ = nix::sys::signal::killpg(Pid::from_raw(child.id() as i32), nix::sys::signal::Signal::SIGKILL);
     let [out, err] = readers.map(|reader| reader.join().unwrap());
     assert!(status.success(), "{name} ended with {status}\n--- stdout\n{out}\n--- stderr\n{err}");
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
