@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use memmap2::MmapMut;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
+use super::call::{Ticket, call};
 use crate::{Error, Result};
 
 /// What a thread of the engine is for.
@@ -68,7 +69,7 @@ pub(crate) fn end_child() -> ! {
 /// SIGBUS or SIGSEGV while it is blocked, whatever handler the application has for it.
 pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     // The standard library ends the process if a thread that has started can't map the stack for its signal handlers;
-    // so see first whether there is room for both stacks.
+    // so see first whether there is room for both stacks, and let each thread have mapped them before the next looks.
     drop(MmapMut::map_anon(STACK_BYTES + SIGNAL_STACK_BYTES).map_err(Error::io("mmap for the stack of a thread"))?);
     let mut blocked = SigSet::all();
     if !matches!(role, Role::Fault | Role::Guard) {
@@ -77,9 +78,15 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&blocked), Some(&mut before))
         .map_err(Error::sys("blocking signals for a thread of the engine"))?;
-    let spawned = std::thread::Builder::new().name(role.name().to_owned()).stack_size(STACK_BYTES).spawn(move || {
-        ROLE.set(Some((role, engine)));
-        body();
+    let mut spawned = Err(std::io::ErrorKind::Other.into());
+    call(|started: Ticket<()>| {
+        let builder = std::thread::Builder::new().name(role.name().to_owned()).stack_size(STACK_BYTES);
+        // If it can't be spawned, the ticket is dropped, and nobody waits for it.
+        spawned = builder.spawn(move || {
+            ROLE.set(Some((role, engine)));
+            started.answer(());
+            body();
+        });
     });
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None).map_err(Error::sys("restoring the signal mask"))?;
     spawned.map_err(Error::io("starting a thread of the engine (RLIMIT_NPROC, `ulimit -u`, or the cgroup's pids.max)"))
