@@ -1,7 +1,7 @@
 //! How a process reaches the engine that serves its memory: a channel in the engine's own process, a lifeline in a
 //! forked child.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::wire::{self, Ask, Reply};
@@ -35,7 +35,7 @@ impl Lifeline {
     /// # Errors
     ///
     /// [`Error::Shutdown`] when the engine is gone; what it refuses, with its errno.
-    pub(crate) fn ask(&self, ask: Ask, descriptors: &[RawFd]) -> Result<(Reply, Vec<OwnedFd>)> {
+    pub(crate) fn ask(&self, ask: Ask, descriptor: Option<BorrowedFd<'_>>) -> Result<(Reply, Option<OwnedFd>)> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.socket.is_intact() {
             // The application closed it: the number may be anything by now.
@@ -44,7 +44,7 @@ impl Lifeline {
             });
         }
         let socket = self.socket.as_fd();
-        let answer = wire::send_ask(socket, ask, descriptors).and_then(|()| wire::receive_reply(socket));
+        let answer = wire::send_ask(socket, ask, descriptor).and_then(|()| wire::receive_reply(socket));
         match answer {
             Ok(Some((Reply::Refused(errno), _))) => Err(Error::sys("the engine refused")(errno)),
             Ok(Some(answer)) => Ok(answer),
@@ -64,8 +64,7 @@ impl Lifeline {
     }
 
     /// Sends the greeting.
-    pub(crate) fn greet(&self, hello: Ask, descriptors: &[&dyn AsRawFd]) -> Result<()> {
-        let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
-        wire::send_ask(self.socket.as_fd(), hello, &numbers).map_err(|_| Error::Shutdown)
+    pub(crate) fn greet(&self, hello: Ask, descriptor: Option<BorrowedFd<'_>>) -> Result<()> {
+        wire::send_ask(self.socket.as_fd(), hello, descriptor).map_err(|_| Error::Shutdown)
     }
 }

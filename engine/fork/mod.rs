@@ -19,7 +19,7 @@ pub(crate) mod records;
 pub(crate) mod wire;
 
 use std::cell::RefCell;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLockWriteGuard, Weak};
 
@@ -169,8 +169,8 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
             Ok(Inheritance { records, lifeline: child_end, reserved: Ok(()) })
         }
         Local::Child { lifeline, .. } => {
-            let (reply, mut descriptors) = lifeline.ask(Ask::Fork, &[engine_end.as_raw_fd()])?;
-            let (Reply::Forked, Some(memfd)) = (reply, descriptors.pop()) else {
+            let (reply, memfd) = lifeline.ask(Ask::Fork, Some(engine_end.as_fd()))?;
+            let (Reply::Forked, Some(memfd)) = (reply, memfd) else {
                 return Err(Error::sys("the answer to a fork")(Errno::EPROTO));
             };
             Ok(Inheritance { records: read_records(memfd)?, lifeline: child_end, reserved: Ok(()) })
@@ -201,7 +201,8 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         threads::spawn(Role::Guard, shared.id, move || guard.run(|| drop(ready)))?;
         // Its end is the answer.
         let _ = is_ready.recv();
-        lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**attached.uffd, &pidfd])?;
+        lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
+        lifeline.greet(Ask::Hello { pid, errno: 0 }, Some(attached.uffd.as_fd()))?;
         lifeline.welcomed()?;
         let Reattached { uffd, mappings } = attached;
         mappings.into_iter().for_each(Mapping::release);
@@ -210,7 +211,7 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
     match outcome {
         Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
         Err(error) => {
-            let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, &[]);
+            let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, None);
             Err(error)
         }
     }

@@ -17,13 +17,13 @@ const MAGIC: u64 = 0x6b69_6f6d_6170_0001;
 /// The magic, the kind, and the longest body: the pieces of a region.
 const WORDS: usize = 3 + 2 * PIECES_PER_ANSWER;
 const BYTES: usize = WORDS * 8;
-/// A child's greeting carries its userfaultfd and its pidfd.
-const MOST_DESCRIPTORS: usize = 2;
 
 /// What a child says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
-    /// "My areas are mapped and registered": with the userfaultfd and a pidfd. With `errno` ≠ 0: they are not.
+    /// "This is my pidfd."
+    Watch,
+    /// "My areas are mapped and registered": with the userfaultfd. With `errno` ≠ 0: they are not.
     Hello { pid: i32, errno: i32 },
     /// "Count and serve this area, which I have mapped and registered."
     Attach(AreaRecord),
@@ -62,6 +62,7 @@ impl Ask {
             Ask::Sync => words(4, &[]),
             Ask::Refcount { vmap } => words(5, &[vmap]),
             Ask::Fork => words(6, &[]),
+            Ask::Watch => words(7, &[]),
         }
     }
 
@@ -73,6 +74,7 @@ impl Ask {
             4 => Ask::Sync,
             5 => Ask::Refcount { vmap: w[2] },
             6 => Ask::Fork,
+            7 => Ask::Watch,
             _ => return None,
         })
     }
@@ -125,22 +127,32 @@ fn words(kind: u64, body: &[u64]) -> Words {
 }
 
 /// Sends a request or a greeting. A peer that is gone is an error, not a SIGPIPE.
-pub(crate) fn send_ask(socket: BorrowedFd<'_>, ask: Ask, descriptors: &[RawFd]) -> Result<(), Errno> {
-    send(socket, &ask.to_words(), descriptors, MsgFlags::empty())
+pub(crate) fn send_ask(socket: BorrowedFd<'_>, ask: Ask, descriptor: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+    send(socket, &ask.to_words(), descriptor, MsgFlags::empty())
 }
 
 /// Sends an answer without waiting: a peer that does not read its answers is not waited for.
-pub(crate) fn send_reply(socket: BorrowedFd<'_>, reply: Reply, descriptors: &[RawFd]) -> Result<(), Errno> {
-    send(socket, &reply.to_words(), descriptors, MsgFlags::MSG_DONTWAIT)
+pub(crate) fn send_reply(
+    socket: BorrowedFd<'_>,
+    reply: Reply,
+    descriptor: Option<BorrowedFd<'_>>,
+) -> Result<(), Errno> {
+    send(socket, &reply.to_words(), descriptor, MsgFlags::MSG_DONTWAIT)
 }
 
-fn send(socket: BorrowedFd<'_>, words: &Words, descriptors: &[RawFd], flags: MsgFlags) -> Result<(), Errno> {
+fn send(
+    socket: BorrowedFd<'_>,
+    words: &Words,
+    descriptor: Option<BorrowedFd<'_>>,
+    flags: MsgFlags,
+) -> Result<(), Errno> {
     let mut bytes = [0u8; BYTES];
     for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
         slot.copy_from_slice(&word.to_ne_bytes());
     }
-    let rights = [ControlMessage::ScmRights(descriptors)];
-    let control: &[ControlMessage<'_>] = if descriptors.is_empty() { &[] } else { &rights };
+    let numbers = descriptor.map(|fd| [fd.as_raw_fd()]);
+    let rights = numbers.as_ref().map(|numbers| [ControlMessage::ScmRights(numbers)]);
+    let control: &[ControlMessage<'_>] = rights.as_ref().map_or(&[], |rights| rights);
     loop {
         let sent =
             sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], control, flags | MsgFlags::MSG_NOSIGNAL, None);
@@ -152,12 +164,12 @@ fn send(socket: BorrowedFd<'_>, words: &Words, descriptors: &[RawFd], flags: Msg
 }
 
 /// Receives a request or a greeting if one is there; `Ok(None)` at the end of the stream.
-pub(crate) fn receive_ask(socket: BorrowedFd<'_>) -> Result<Option<(Ask, Vec<OwnedFd>)>, Errno> {
+pub(crate) fn receive_ask(socket: BorrowedFd<'_>) -> Result<Option<(Ask, Option<OwnedFd>)>, Errno> {
     receive(socket, MsgFlags::MSG_DONTWAIT, Ask::from_words)
 }
 
 /// Waits for an answer; `Ok(None)` when the engine is gone.
-pub(crate) fn receive_reply(socket: BorrowedFd<'_>) -> Result<Option<(Reply, Vec<OwnedFd>)>, Errno> {
+pub(crate) fn receive_reply(socket: BorrowedFd<'_>) -> Result<Option<(Reply, Option<OwnedFd>)>, Errno> {
     receive(socket, MsgFlags::empty(), Reply::from_words)
 }
 
@@ -165,24 +177,26 @@ fn receive<T>(
     socket: BorrowedFd<'_>,
     flags: MsgFlags,
     parse: impl Fn(&Words) -> Option<T>,
-) -> Result<Option<(T, Vec<OwnedFd>)>, Errno> {
+) -> Result<Option<(T, Option<OwnedFd>)>, Errno> {
     let mut bytes = [0u8; BYTES];
-    let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
-    let (received, descriptors) = loop {
+    let mut control = nix::cmsg_space!([RawFd; 1]);
+    let (received, descriptor) = loop {
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         let message = match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags) {
             Err(Errno::EINTR) => continue,
             other => other?,
         };
-        let mut descriptors = Vec::new();
+        let mut descriptor = None;
+        // At most one comes with a message: where there is no room for it (EMFILE), the kernel cuts it off whole, which
+        // is an error here. Of several, those that fitted would be lost to us, and stay open.
         for part in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(numbers) = part {
-                // SAFETY: the kernel has just put these descriptors into our table; nobody else knows them.
-                descriptors.extend(numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                // SAFETY: the kernel has just put this descriptor into our table; nobody else knows it.
+                descriptor = numbers.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
-        break (message.bytes, descriptors);
+        break (message.bytes, descriptor);
     };
     if received == 0 {
         return Ok(None);
@@ -194,7 +208,7 @@ fn receive<T>(
     if received != BYTES || words[0] != MAGIC {
         return Err(Errno::EPROTO);
     }
-    parse(&words).map(|parsed| Some((parsed, descriptors))).ok_or(Errno::EPROTO)
+    parse(&words).map(|parsed| Some((parsed, descriptor))).ok_or(Errno::EPROTO)
 }
 
 #[cfg(test)]
@@ -220,9 +234,10 @@ mod tests {
             Ask::Sync,
             Ask::Refcount { vmap: 2 },
             Ask::Fork,
+            Ask::Watch,
         ];
         for ask in asks {
-            send_ask(a.as_fd(), ask, &[]).unwrap();
+            send_ask(a.as_fd(), ask, None).unwrap();
             assert_eq!(receive_ask(b.as_fd()).unwrap().unwrap().0, ask);
         }
     }
@@ -234,11 +249,11 @@ mod tests {
         for n in 0..PIECES_PER_ANSWER {
             pieces.push(n * 0x1000, n * 0x1000 + 0x800);
         }
-        send_reply(a.as_fd(), Reply::Pieces(pieces), &[a.as_raw_fd()]).unwrap();
-        let (reply, descriptors) = receive_reply(b.as_fd()).unwrap().unwrap();
+        send_reply(a.as_fd(), Reply::Pieces(pieces), Some(a.as_fd())).unwrap();
+        let (reply, descriptor) = receive_reply(b.as_fd()).unwrap().unwrap();
         let Reply::Pieces(got) = reply else { panic!("{reply:?}") };
         assert_eq!(got.as_slice(), pieces.as_slice());
-        assert_eq!(descriptors.len(), 1);
+        assert!(descriptor.is_some());
     }
 
     #[test]
@@ -251,6 +266,6 @@ mod tests {
         assert_eq!(receive_ask(b.as_fd()).unwrap_err(), Errno::EAGAIN);
         drop(a);
         assert!(receive_ask(b.as_fd()).unwrap().is_none());
-        assert_eq!(send_reply(b.as_fd(), Reply::Done, &[]).unwrap_err(), Errno::EPIPE);
+        assert_eq!(send_reply(b.as_fd(), Reply::Done, None).unwrap_err(), Errno::EPIPE);
     }
 }

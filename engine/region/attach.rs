@@ -222,7 +222,7 @@ fn attach(
             };
             let answer = {
                 let _gate = gate();
-                lifeline.ask(Ask::Attach(record), &[])?
+                lifeline.ask(Ask::Attach(record), None)?
             };
             let (Reply::Attached { first }, _) = answer else {
                 return Err(Error::sys("the answer to an attach")(Errno::EPROTO));

@@ -99,7 +99,7 @@ impl Region {
                     let region = self.id;
                     self.shared.handler.ask(|reply| Command::Pieces { space: OWN_SPACE, region, reply })?
                 }
-                Local::Child { lifeline, .. } => match lifeline.ask(Ask::Pieces { region: self.id }, &[])? {
+                Local::Child { lifeline, .. } => match lifeline.ask(Ask::Pieces { region: self.id }, None)? {
                     (Reply::Pieces(pieces), _) => pieces,
                     _ => return Err(Error::sys("the answer about a region")(Errno::EPROTO)),
                 },
@@ -142,7 +142,7 @@ impl Drop for Region {
                 // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
                 // the range stays mapped: which parts of it are still ours, only the engine knew.
                 if self.unmap(&local).is_ok() {
-                    let _ = lifeline.ask(Ask::Sync, &[]);
+                    let _ = lifeline.ask(Ask::Sync, None);
                 }
             }
             Local::Lost { .. } => {}

@@ -42,16 +42,12 @@ struct Peer {
     counters: Arc<SpaceCounters>,
     /// `None` when the child closed it itself but lives.
     lifeline: Option<Private<OwnedFd>>,
+    /// Watched beside the lifeline; it comes before the greeting.
+    pidfd: Option<Private<OwnedFd>>,
     /// From its greeting.
-    introduced: Option<Introduced>,
+    uffd: Option<Arc<Private<Userfault>>>,
     /// Nothing will tell of its end: it closed its lifeline, or it exited and left its address space to a clone.
     orphan: bool,
-}
-
-struct Introduced {
-    uffd: Arc<Private<Userfault>>,
-    /// Held for its epoll registration.
-    pidfd: Private<OwnedFd>,
 }
 
 /// The keeper's state.
@@ -176,7 +172,7 @@ impl Keeper {
         let space = counters.id;
         let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
         self.shared.spaces_push(Arc::clone(&counters));
-        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), introduced: None, orphan: false });
+        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), pidfd: None, uffd: None, orphan: false });
         if watched.is_err() || self.shared.retired.load(Ordering::SeqCst) {
             // Its end would never be noticed, or the others were let go already. It is told by its lifeline.
             self.part_with(space);
@@ -190,10 +186,10 @@ impl Keeper {
             // Received under the ledger's lock, so that no child is forked while a new descriptor isn't entered.
             let mut ledger = ledger::lock();
             let received = wire::receive_ask(lifeline.as_fd())
-                .map(|message| message.map(|(ask, fds)| (ask, fds.into_iter().map(|fd| ledger.adopt(fd)).collect())));
+                .map(|message| message.map(|(ask, fd)| (ask, fd.map(|fd| ledger.adopt(fd)))));
             drop(ledger);
             match received {
-                Ok(Some((ask, descriptors))) => self.serve(space, ask, descriptors),
+                Ok(Some((ask, descriptor))) => self.serve(space, ask, descriptor),
                 Ok(None) => return self.hung_up(space),
                 Err(Errno::EAGAIN) => return,
                 // Not our protocol: no such child of ours. Its guard answers its faults from now on.
@@ -202,9 +198,10 @@ impl Keeper {
         }
     }
 
-    fn serve(&mut self, space: SpaceId, ask: Ask, descriptors: Vec<Private<OwnedFd>>) {
+    fn serve(&mut self, space: SpaceId, ask: Ask, descriptor: Option<Private<OwnedFd>>) {
         let reply = match ask {
-            Ask::Hello { pid, errno } => return self.introduce(space, pid, errno, descriptors),
+            Ask::Watch => return self.watch(space, descriptor),
+            Ask::Hello { pid, errno } => return self.introduce(space, pid, errno, descriptor),
             Ask::Attach(record) => match self.attach(space, &record) {
                 Ok(Some(first)) => Ok((Reply::Attached { first }, None)),
                 Ok(None) => {
@@ -226,7 +223,7 @@ impl Keeper {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
                 None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
             },
-            Ask::Fork => self.fork(space, descriptors).map(|memfd| (Reply::Forked, Some(memfd))),
+            Ask::Fork => self.fork(space, descriptor).map(|memfd| (Reply::Forked, Some(memfd))),
         };
         let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
         self.reply(space, reply, descriptor.as_ref());
@@ -234,8 +231,7 @@ impl Keeper {
 
     fn reply(&mut self, space: SpaceId, reply: Reply, descriptor: Option<&OwnedFd>) {
         let Some(Peer { lifeline: Some(lifeline), .. }) = self.peers.get(&space) else { return };
-        let descriptors: Vec<_> = descriptor.iter().map(|fd| fd.as_raw_fd()).collect();
-        if let Err(Errno::EAGAIN) = wire::send_reply(lifeline.as_fd(), reply, &descriptors) {
+        if let Err(Errno::EAGAIN) = wire::send_reply(lifeline.as_fd(), reply, descriptor.map(AsFd::as_fd)) {
             // It asks and does not listen. Nobody waits for that.
             self.part_with(space);
         }
@@ -243,28 +239,34 @@ impl Keeper {
     }
 
     /// Takes a child's greeting: from here on its faults are answered.
-    fn introduce(&mut self, space: SpaceId, pid: i32, errno: i32, descriptors: Vec<Private<OwnedFd>>) {
+    fn introduce(&mut self, space: SpaceId, pid: i32, errno: i32, descriptor: Option<Private<OwnedFd>>) {
         let Some(peer) = self.peers.get_mut(&space) else { return };
         peer.counters.pid.store(pid, Ordering::Relaxed);
-        let mut descriptors = descriptors.into_iter();
-        let (Some(uffd), Some(pidfd), 0) = (descriptors.next(), descriptors.next(), errno) else {
+        let (Some(uffd), true, 0) = (descriptor, peer.pidfd.is_some(), errno) else {
             // The child could not map its areas: it has none.
             return self.part_with(space);
         };
         let uffd = Arc::new(uffd.map(Userfault::from));
         let handed_over = uffd.set_nonblocking_cloexec().and_then(|()| {
             let uffd = Arc::clone(&uffd);
-            self.epoll.0.add(&*pidfd, EpollEvent::new(EpollFlags::EPOLLIN, pidfd_token(space)))?;
             let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, reply });
             adopted.unwrap_or(Err(Errno::ESHUTDOWN))
         });
         match handed_over {
             Ok(()) => {
-                peer.introduced = Some(Introduced { uffd, pidfd });
+                peer.uffd = Some(uffd);
                 self.reply(space, Reply::Done, None);
             }
             Err(_) => self.part_with(space),
         }
+    }
+
+    /// Watches a child's pidfd.
+    fn watch(&mut self, space: SpaceId, descriptor: Option<Private<OwnedFd>>) {
+        let (Some(peer), Some(pidfd)) = (self.peers.get_mut(&space), descriptor) else { return };
+        let watched = self.epoll.0.add(&*pidfd, EpollEvent::new(EpollFlags::EPOLLIN, pidfd_token(space)));
+        // Without it the greeting is refused.
+        peer.pidfd = watched.is_ok().then_some(pidfd);
     }
 
     /// Attaches an area that a child has mapped; `None` when a callback must run before.
@@ -306,8 +308,8 @@ impl Keeper {
     }
 
     /// A child forks: makes the grandchild's space, and tells the child what it will have to map.
-    fn fork(&mut self, parent: SpaceId, descriptors: Vec<Private<OwnedFd>>) -> Result<OwnedFd> {
-        let lifeline = descriptors.into_iter().next().ok_or(Error::Invalid {
+    fn fork(&mut self, parent: SpaceId, descriptor: Option<Private<OwnedFd>>) -> Result<OwnedFd> {
+        let lifeline = descriptor.ok_or(Error::Invalid {
             what: "a fork's descriptors",
             value: 0,
             rule: "one lifeline must come along",
@@ -331,9 +333,9 @@ impl Keeper {
 
     /// The child has exited; a clone of it may still use its address space.
     fn exited(&mut self, space: SpaceId) {
-        if let Some(Peer { introduced: Some(introduced), orphan, .. }) = self.peers.get_mut(&space) {
+        if let Some(Peer { pidfd: Some(pidfd), orphan, .. }) = self.peers.get_mut(&space) {
             // Its pidfd stays readable: without this, it would be reported for ever.
-            let _ = self.epoll.0.delete(&*introduced.pidfd);
+            let _ = self.epoll.0.delete(&**pidfd);
             *orphan = true;
             self.look_after(space);
         }
@@ -342,8 +344,8 @@ impl Keeper {
     /// Parts with a child if its address space is gone; ESRCH is the proof.
     fn look_after(&mut self, space: SpaceId) {
         let Some(peer) = self.peers.get(&space) else { return };
-        let gone = match &peer.introduced {
-            Some(introduced) => introduced.uffd.liveness() == Liveness::Gone,
+        let gone = match &peer.uffd {
+            Some(uffd) => uffd.liveness() == Liveness::Gone,
             // It never mapped anything, or told nobody.
             None => peer.orphan,
         };

@@ -153,7 +153,7 @@ impl Vmap {
     pub fn refcount(&self) -> Result<usize> {
         match &*self.shared.local() {
             Local::Owner { .. } => Ok(self.core.refcount()),
-            Local::Child { lifeline, .. } => match lifeline.ask(Ask::Refcount { vmap: self.core.id }, &[])? {
+            Local::Child { lifeline, .. } => match lifeline.ask(Ask::Refcount { vmap: self.core.id }, None)? {
                 (Reply::Count(count), _) => Ok(count as usize),
                 _ => Err(Error::sys("the answer to a count")(Errno::EPROTO)),
             },

@@ -4,7 +4,7 @@
 pub(crate) mod scene;
 pub(crate) mod touch;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -53,15 +53,21 @@ pub(crate) fn alone(name: &str, body: impl FnOnce()) {
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
     // What was skipped is told by the process that skipped it.
     for line in err.lines().filter(|line| line.contains("skipped, because")) {
-        eprintln!("{line}");
+        tell(line);
     }
+}
+
+/// Writes a line to standard error, past the test runner, which keeps what a passing test prints to itself.
+pub(crate) fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Says that a test can't run here; shown and countable, never silent.
 #[macro_export]
 macro_rules! skip {
     ($($why:tt)*) => {{
-        eprintln!("{}: skipped, because {}", std::thread::current().name().unwrap_or("a test"), format_args!($($why)*));
+        let name = std::thread::current().name().unwrap_or("a test").to_owned();
+        $crate::support::tell(&format!("{name}: skipped, because {}", format_args!($($why)*)));
         return;
     }};
 }
