@@ -172,16 +172,25 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
     let lifeline = Lifeline::new(Arc::clone(&socket));
     let pid = nix::unistd::getpid().as_raw();
     let attempt = map_all(shared, &records);
-    let outcome = attempt.and_then(|(uffd, mappings)| {
-        let pidfd = open_pidfd(pid)?;
-        let guard = guard::Guard {
-            lifeline: socket,
-            owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
-            uffd: Arc::clone(&uffd),
-            messages: MsgBuffer::new(GUARD_MESSAGES),
+    let outcome = attempt.and_then(|(mappings, uffd)| {
+        let connect = || {
+            let pidfd = open_pidfd(pid)?;
+            let guard = guard::Guard {
+                lifeline: socket,
+                owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
+                uffd: Arc::clone(&uffd),
+                messages: MsgBuffer::new(GUARD_MESSAGES),
+            };
+            threads::spawn(Role::Guard, shared.id, move || guard.run())?;
+            lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**uffd, &pidfd])
         };
-        threads::spawn(Role::Guard, shared.id, move || guard.run())?;
-        lifeline.greet(Ask::Hello { pid, errno: 0 }, &[&**uffd, &pidfd])?;
+        if let Err(error) = connect() {
+            // Unmapping what is registered waits until somebody reads of it, and nobody does.
+            for mapping in &mappings {
+                let _ = uffd.unregister(mapping.addr(), mapping.len());
+            }
+            return Err(error);
+        }
         mappings.into_iter().for_each(Mapping::release);
         Ok(uffd)
     });
@@ -210,22 +219,23 @@ fn reserve(records: &[AreaRecord]) {
     }
 }
 
-type Reattached = (Arc<Private<Userfault>>, Vec<Mapping>);
+type Reattached = (Vec<Mapping>, Arc<Private<Userfault>>);
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
-    let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
+    // Dropped after the userfaultfd when a later step fails: unmapping what is registered waits until somebody reads of
+    // it, and nobody does.
     let mut mappings = Vec::with_capacity(records.len());
+    let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
     for record in records {
         let vmap =
             shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
         let (start, len) = (record.start as usize, record.len as usize);
         let offset = record.pgoff * page_size() as u64;
-        let mapping = Mapping::hidden(vmap.memfd(), len, offset, Placement::At(start))?;
+        mappings.push(Mapping::hidden(vmap.memfd(), len, offset, Placement::At(start))?);
         uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
-        mapping.reveal(record.is_writable())?;
-        mappings.push(mapping);
+        mappings.last().map_or(Ok(()), |mapping| mapping.reveal(record.is_writable()))?;
         // The child's copy of the table holds it too; one reference must outlive the child's handles.
         std::mem::forget(vmap);
     }
-    Ok((Arc::new(uffd), mappings))
+    Ok((mappings, Arc::new(uffd)))
 }

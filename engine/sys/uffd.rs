@@ -95,10 +95,9 @@ impl Userfault {
         Ok(Ioctls::from_bits(ioctls.bits()))
     }
 
-    /// Ends the registration of a range: only tests do, as the kernel does so itself when a range is unmapped.
+    /// Ends the registration of a range, for where nobody reads of its unmapping; else the kernel does so itself then.
     ///
     /// The kernel wakes its waiters, which then read zero pages: answer or poison what is outstanding first.
-    #[cfg(test)]
     pub(crate) fn unregister(&self, start: usize, len: usize) -> Result<(), Errno> {
         self.uffd.unregister(start as *mut c_void, len).map_err(errno_of)
     }
