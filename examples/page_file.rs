@@ -92,7 +92,8 @@ fn run(options: &Options) -> Result<()> {
     let touches = touch_all(&region, nr_pages, options, &bar)?;
     bar.finish_and_clear();
 
-    // Read before the hash: hashing touches nothing for the first time.
+    // A thread that waited for a page may go on before the page is counted.
+    engine.settle().context("waiting for the engine's counters")?;
     let stats = engine.stats();
     let installed = stats.pages_copied + stats.pages_zeroed;
     ensure!(installed == nr_pages, "{installed} pages were installed for the {nr_pages} pages of {path}");

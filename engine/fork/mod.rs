@@ -188,7 +188,7 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
     let pid = nix::unistd::getpid().as_raw();
     let attempt =
         reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, &records));
-    let outcome = attempt.and_then(|attached| {
+    let outcome = attempt.and_then(|mut attached| {
         let pidfd = open_pidfd(pid)?;
         let guard = guard::Guard {
             lifeline: socket,
@@ -204,9 +204,8 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
         lifeline.greet(Ask::Hello { pid, errno: 0 }, Some(attached.uffd.as_fd()))?;
         lifeline.welcomed()?;
-        let Reattached { uffd, mappings } = attached;
-        mappings.into_iter().for_each(Mapping::release);
-        Ok(uffd)
+        std::mem::take(&mut attached.mappings).into_iter().for_each(Mapping::release);
+        Ok(Arc::clone(&attached.uffd))
     });
     match outcome {
         Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
@@ -229,10 +228,20 @@ fn reserve_all(records: &[AreaRecord]) -> std::result::Result<(), Errno> {
 
 /// A child's areas, mapped and registered.
 struct Reattached {
-    /// Declared before the mappings: closing it ends the registrations. An unmap of a registered range waits until its
-    /// event is read, and as long as the engine has not got the descriptor nobody reads.
     uffd: Arc<Private<Userfault>>,
     mappings: Vec<Mapping>,
+}
+
+impl Drop for Reattached {
+    /// Takes back what was not kept. An unmap of a registered range waits until its event is read, and perhaps nobody
+    /// reads: so it is taken out of the userfaultfd first, and hidden before that.
+    fn drop(&mut self) {
+        for mapping in &self.mappings {
+            if mapping.hide().is_ok() {
+                let _ = self.uffd.unregister(mapping.addr(), mapping.len());
+            }
+        }
+    }
 }
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {

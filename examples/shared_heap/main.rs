@@ -228,6 +228,8 @@ impl Story<'_> {
 
 /// Asks the engine who faulted what, and compares it with what each process must have faulted.
 fn rows(engine: &Engine, layout: Layout, workers: &[Process], trespasser: &Process) -> Result<Vec<Row>> {
+    // A process that waited for a page may go on before the page is counted.
+    engine.settle().context("waiting for the engine's counters")?;
     let spaces = engine.spaces().context("listing the processes")?;
     let mut processes = vec![("driver".to_owned(), std::process::id() as i32, 1, None)];
     for (index, worker) in (0..).zip(workers) {
