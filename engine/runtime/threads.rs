@@ -1,10 +1,13 @@
 //! How the engine's own threads are started and recognised.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
+use super::shared::EngineShared;
+use crate::stats::add;
 use crate::{Error, Result};
 
 /// What a thread of the engine is for.
@@ -56,4 +59,11 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     });
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None).map_err(Error::sys("restoring the signal mask"))?;
     spawned.map_err(Error::io("starting a thread of the engine (RLIMIT_NPROC, `ulimit -u`, or the cgroup's pids.max)"))
+}
+
+/// Runs code of the application on a thread of the engine: a panic is counted and goes no further.
+pub(crate) fn contain(shared: &EngineShared, body: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(body)).is_err() {
+        add(&shared.counters.panics, 1);
+    }
 }

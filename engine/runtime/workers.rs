@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
 use super::shared::EngineShared;
+use super::threads::contain;
 use crate::page::page_size;
 use crate::stats::add;
 
@@ -32,7 +33,6 @@ pub(crate) fn run(
     while let Ok(ReadJob { list, mut order }) = jobs.recv() {
         let bytes = (order.pages.end - order.pages.start) as usize * page_size();
         let read = catch_unwind(AssertUnwindSafe(|| list.read_pages(order.pages.start, &mut order.buffer.0[..bytes])));
-        drop(list);
         if shared.is_child() {
             // The source forked and returned in the child: nothing of this loop belongs to it.
             return;
@@ -49,5 +49,7 @@ pub(crate) fn run(
             return;
         }
         bell.ring();
+        // Perhaps the last reference; what it keeps alive is the application's.
+        contain(shared, || drop(list));
     }
 }
