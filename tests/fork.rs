@@ -668,6 +668,7 @@ fn a_child_that_closes_all_descriptors_is_served_and_counted() {
             for n in 0..32 {
                 assert_eq!(touch::read((page + n * page_size()) as *const u8), Ok(mark(n as u64)));
             }
+            // SAFETY: standard output stays open.
             nix::unistd::write(unsafe { std::os::fd::BorrowedFd::borrow_raw(1) }, b"served\n").unwrap();
             // SAFETY: the process stops itself; nothing of it is shared.
             unsafe { libc::raise(libc::SIGSTOP) };

@@ -1,15 +1,13 @@
 //! The thread on which deref callbacks run: outside every lock, one at a time, in the order in which they became due.
 
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 
 use crossbeam_channel::Receiver;
 
 use super::handles::Request;
 use super::shared::EngineShared;
-use super::threads;
-use crate::stats::add;
+use super::threads::{self, contain};
 use crate::vmap::core::{Notice, VmapCore};
 
 thread_local! {
@@ -27,11 +25,12 @@ pub(crate) fn run(shared: &Arc<EngineShared>, notices: &Receiver<Notice>) {
     while let Ok(notice) = notices.recv() {
         match notice {
             Notice::Deref(core) => {
-                guarded(shared, || run_one(&core));
+                run_one(shared, &core);
                 core.deref_done();
                 // A child that asked to attach in the meantime may do so now.
                 shared.keeper.send(Request::RetryDeferred);
-                guarded(shared, || drop(core));
+                // Perhaps the last reference, to a list and to what it keeps alive.
+                contain(shared, || drop(core));
             }
             // Dropped, which tells who sent it.
             Notice::Settle(_) => {}
@@ -40,17 +39,8 @@ pub(crate) fn run(shared: &Arc<EngineShared>, notices: &Receiver<Notice>) {
     }
 }
 
-/// Runs code of the application: its panic is counted, and a fork of it that returns here in the child ends there.
-fn guarded(shared: &EngineShared, code: impl FnOnce()) {
-    if catch_unwind(AssertUnwindSafe(code)).is_err() {
-        add(&shared.counters.panics, 1);
-    }
-    if shared.is_child() {
-        threads::end_child();
-    }
-}
-
-fn run_one(core: &Arc<VmapCore>) {
+/// Calls the callback of a vmap.
+fn run_one(shared: &EngineShared, core: &Arc<VmapCore>) {
     let slot = || core.on_deref.lock().unwrap_or_else(PoisonError::into_inner);
     // Taken out while it runs, so that it may replace itself.
     let (callback, version) = {
@@ -59,16 +49,17 @@ fn run_one(core: &Arc<VmapCore>) {
     };
     let Some(mut callback) = callback else { return };
     RUNNING.set(Some(core.id));
-    let outcome = catch_unwind(AssertUnwindSafe(|| callback(core)));
+    contain(shared, || callback(core));
     RUNNING.set(None);
-    {
-        let mut slot = slot();
-        if slot.version == version {
-            slot.callback = Some(callback);
-        }
-        // Else it was replaced, and is dropped below, outside the lock.
+    if shared.is_child() {
+        threads::end_child();
     }
-    if let Err(panic) = outcome {
-        std::panic::resume_unwind(panic);
+    let mut slot = slot();
+    if slot.version == version {
+        slot.callback = Some(callback);
+    } else {
+        drop(slot);
+        // Replaced meanwhile. What it captured is the application's.
+        contain(shared, || drop(callback));
     }
 }

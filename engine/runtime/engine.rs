@@ -14,7 +14,7 @@ use super::handler::{Handler, Parts};
 use super::handles::{self, Request};
 use super::keeper::Keeper;
 use super::shared::EngineShared;
-use super::threads::{self, Role};
+use super::threads::{self, Role, contain};
 use super::{callbacks, workers};
 use crate::fork;
 use crate::fork::link::Local;
@@ -22,7 +22,7 @@ use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::process::open_pidfd;
 use crate::space::OWN_SPACE;
-use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats, add};
+use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
 use crate::vmap::core::Notice;
 use crate::vmap::registry::Registry;
@@ -234,9 +234,7 @@ impl EngineBuilder {
         let shared = Arc::clone(&engine.shared);
         engine.start(Role::Keeper, move || {
             // What a page list kept alive may be dropped there: a panic of it must not end the counting.
-            while catch_unwind(AssertUnwindSafe(|| keeper.run())).is_err() {
-                add(&shared.counters.panics, 1);
-            }
+            while contain(&shared, || keeper.run()).is_none() {}
         })?;
         let (shared, cpu) = (Arc::clone(&engine.shared), self.handler_cpu);
         engine.start(Role::Fault, move || {
@@ -402,12 +400,7 @@ impl Engine {
 
     fn start(&self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let shared = Arc::clone(&self.shared);
-        let guarded = move || {
-            if catch_unwind(AssertUnwindSafe(body)).is_err() {
-                add(&shared.counters.panics, 1);
-            }
-        };
-        let thread = threads::spawn(role, self.shared.id, guarded)?;
+        let thread = threads::spawn(role, self.shared.id, move || drop(contain(&shared, body)))?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }

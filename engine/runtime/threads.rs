@@ -1,12 +1,15 @@
 //! How the engine's own threads are started and recognised.
 
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use memmap2::MmapMut;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
 use super::call::{Ticket, call};
+use super::shared::EngineShared;
+use crate::stats::add;
 use crate::{Error, Result};
 
 /// What a thread of the engine is for.
@@ -53,6 +56,15 @@ thread_local! {
 /// Tells what the current thread is for, if it is a thread of engine `engine`.
 pub(crate) fn current_role(engine: u64) -> Option<Role> {
     ROLE.get().filter(|(_, id)| *id == engine).map(|(role, _)| role)
+}
+
+/// Runs code of the application: a panic of it is counted, and goes no further.
+pub(crate) fn contain<T>(shared: &EngineShared, code: impl FnOnce() -> T) -> Option<T> {
+    let outcome = catch_unwind(AssertUnwindSafe(code));
+    if outcome.is_err() {
+        add(&shared.counters.panics, 1);
+    }
+    outcome.ok()
 }
 
 /// Ends a forked child whose only application thread was a thread of the engine: its code forked there and returned,

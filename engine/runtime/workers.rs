@@ -3,7 +3,6 @@
 //! A worker only reads into a buffer. Installing the pages stays with the fault-handling thread, so that one code
 //! path deals with unmapped areas, present pages and changing address spaces.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -13,9 +12,8 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
 use super::shared::EngineShared;
-use super::threads;
+use super::threads::{self, contain};
 use crate::page::page_size;
-use crate::stats::add;
 
 /// The thread ids of the workers, as a fault message names them.
 pub(crate) type WorkerIds = Arc<[AtomicI32]>;
@@ -32,20 +30,17 @@ pub(crate) fn run(
     ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
     while let Ok(ReadJob { list, mut order }) = jobs.recv() {
         let bytes = (order.pages.end - order.pages.start) as usize * page_size();
-        // Dropping the list may be the last that its guards hear; their code is the application's too.
-        let read = catch_unwind(AssertUnwindSafe(|| {
+        // A failure may own memory, which is to be freed here and not by the fault-handling thread.
+        let read = contain(shared, || {
             let read = list.read_pages(order.pages.start, &mut order.buffer.0[..bytes]);
-            drop(list);
-            // A failure may own memory, which is to be freed here and not by the fault-handling thread.
             read.map_err(|failure| failure.errno())
-        }));
+        });
+        // Perhaps the last reference: the code of what the list keeps alive is the application's too.
+        contain(shared, || drop(list));
         if shared.is_child() {
             threads::end_child();
         }
-        let outcome = read.unwrap_or_else(|_| {
-            add(&shared.counters.panics, 1);
-            Err(Errno::EIO)
-        });
+        let outcome = read.unwrap_or(Err(Errno::EIO));
         if done.send(ReadDone { order, outcome }).is_err() {
             return;
         }

@@ -1,0 +1,269 @@
+//! Address spaces that change under faults: unmaps, advice and moves by other threads; nobody sleeps on, nobody reads
+//! what is not theirs.
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use kiomap::{AttachOptions, Engine, Region, page_size};
+use support::scene::{GatedSource, Rng, areas_of, child, sourced_pages};
+use support::{alone, eventually, mark, pages, reap_ok, touch};
+
+/// How soon a thread that waits for a page that is unmapped must be told.
+const PROMPT: Duration = Duration::from_secs(1);
+
+fn at(region: &Region, page: u64) -> *mut u8 {
+    region.as_ptr().wrapping_add(page as usize * page_size())
+}
+
+fn munmap(addr: *mut u8, pages: usize) {
+    // SAFETY: the tests unmap ranges to which nothing refers.
+    assert_eq!(unsafe { libc::munmap(addr.cast(), pages * page_size()) }, 0);
+}
+
+/// T72: an unmap of a range in which a thread waits for a slow source: SIGSEGV, promptly. The page that arrives later
+/// goes nowhere.
+#[test]
+fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
+    alone("an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let gated = GatedSource::new();
+        let vmap = engine.vmap(&gated.list(16)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let addr = at(&region, 5) as usize;
+        let thread = std::thread::spawn(move || touch::read(addr as *const u8));
+        gated.wait_for_held(1);
+        let start = Instant::now();
+        munmap(at(&region, 4), 3);
+        assert!(thread.join().unwrap().unwrap_err().is_sigsegv());
+        assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 2);
+        gated.open();
+        // Both pieces go on; the hole stays one.
+        assert_eq!(touch::read(at(&region, 3)), Ok(mark(3)));
+        assert_eq!(touch::read(at(&region, 7)), Ok(mark(7)));
+        assert!(touch::read(at(&region, 5)).unwrap_err().is_sigsegv());
+        drop(region);
+        assert_eq!(vmap.refcount().unwrap(), 0);
+    });
+}
+
+/// T70: pages read for an area that is unmapped, and whose addresses show something else when they arrive, are not put
+/// there.
+#[test]
+fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
+    alone("a_page_that_arrives_late_is_not_put_into_a_newer_area", || {
+        let engine = Engine::builder().fault_around_pages(4).build().unwrap();
+        let gated = GatedSource::new();
+        let slow = engine.vmap(&gated.list(16)).unwrap();
+        // The same source, other pages, so that the bytes tell them apart.
+        let other = engine.vmap(&gated.list(64)).unwrap();
+        for _ in 0..20 {
+            gated.shut();
+            let region = slow.attach(&AttachOptions::new()).unwrap();
+            let (addr, len) = (region.as_ptr() as usize, region.len_bytes());
+            let thread = std::thread::spawn(move || touch::read((addr + page_size()) as *const u8));
+            eventually("the read has begun", || engine.stats().worker_reads > 0);
+            gated.wait_for_held(1);
+            drop(region);
+            let newer = other.attach(&AttachOptions::new().at(addr).len_bytes(len).pgoff(32)).unwrap();
+            let newer_thread = {
+                let addr = at(&newer, 1) as usize;
+                std::thread::spawn(move || touch::read(addr as *const u8))
+            };
+            gated.open();
+            // The first thread saw the unmap, or touched again when the newer area was there already.
+            match thread.join().unwrap() {
+                Ok(byte) => assert_eq!(byte, mark(33)),
+                Err(refused) => assert!(refused.is_sigsegv()),
+            }
+            assert_eq!(newer_thread.join().unwrap(), Ok(mark(33)));
+            for page in 0..16 {
+                assert_eq!(touch::read(at(&newer, page)), Ok(mark(32 + page)));
+            }
+            drop(newer);
+            // Missing again for the next round.
+            other.write_at(0, &[1]).unwrap();
+        }
+    });
+}
+
+/// T68: unmaps and advice from other threads among faults: each fault is answered, soon, and right.
+#[test]
+fn faults_among_unmaps_and_advice_are_answered_soon() {
+    alone("faults_among_unmaps_and_advice_are_answered_soon", || {
+        const PAGES: u64 = 512;
+        let engine = Engine::builder().fault_around_pages(2).build().unwrap();
+        for list in [pages(PAGES), sourced_pages(PAGES)] {
+            let vmap = engine.vmap(&list).unwrap();
+            let region = vmap.attach(&AttachOptions::new()).unwrap();
+            let faulting = AtomicUsize::new(3);
+            let slowest = std::sync::Mutex::new(Duration::ZERO);
+            std::thread::scope(|scope| {
+                for seed in 0..3 {
+                    let (region, faulting, slowest) = (&region, &faulting, &slowest);
+                    scope.spawn(move || {
+                        let mut rng = Rng::new(seed);
+                        for _ in 0..2000 {
+                            let page = rng.below(PAGES);
+                            let start = Instant::now();
+                            assert_eq!(touch::read(at(region, page)), Ok(mark(page)));
+                            let mut slowest = slowest.lock().unwrap();
+                            *slowest = start.elapsed().max(*slowest);
+                        }
+                        faulting.fetch_sub(1, Ordering::Release);
+                    });
+                }
+                let (vmap, region, faulting) = (&vmap, &region, &faulting);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(40);
+                    while faulting.load(Ordering::Acquire) > 0 {
+                        // The object keeps the pages: the next touch maps them again.
+                        let page = rng.below(PAGES - 8);
+                        // SAFETY: the range is the region's; MADV_DONTNEED of shared memory loses no byte.
+                        let advised =
+                            unsafe { libc::madvise(at(region, page).cast(), 8 * page_size(), libc::MADV_DONTNEED) };
+                        assert_eq!(advised, 0);
+                    }
+                });
+                scope.spawn(move || {
+                    let mut rng = Rng::new(50);
+                    while faulting.load(Ordering::Acquire) > 0 {
+                        let other = vmap.attach(&AttachOptions::new()).unwrap();
+                        let page = rng.below(PAGES - 8);
+                        munmap(at(&other, page), 8);
+                        assert!(touch::read(at(&other, page + 3)).unwrap_err().is_sigsegv());
+                        let alive = (page + 8) % PAGES;
+                        assert_eq!(touch::read(at(&other, alive)), Ok(mark(alive)));
+                    }
+                });
+            });
+            engine.settle().unwrap();
+            assert_eq!(vmap.refcount().unwrap(), 1);
+            let slowest = slowest.into_inner().unwrap();
+            // Seldom more than milliseconds; the bound allows for a machine that is busy with other things.
+            assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+        }
+    });
+}
+
+/// Areas attached and detached by several threads at once, at addresses that are reused at once: each attach succeeds,
+/// each touch is of the right area, and the count comes back.
+#[test]
+fn attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed() {
+    alone("attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap(&pages(200)).unwrap();
+        let churn = |threads: u64, rounds: u64| {
+            std::thread::scope(|scope| {
+                for seed in 0..threads {
+                    let vmap = &vmap;
+                    scope.spawn(move || {
+                        let mut rng = Rng::new(seed);
+                        let mut held: Vec<Region> = Vec::new();
+                        for _ in 0..rounds {
+                            if held.len() > 3 {
+                                held.swap_remove(rng.below(4) as usize);
+                            }
+                            let pgoff = rng.below(190);
+                            let region = vmap.attach(&AttachOptions::new().pgoff(pgoff)).unwrap();
+                            let page = rng.below(10);
+                            assert_eq!(touch::read(at(&region, page)), Ok(mark(pgoff + page)));
+                            held.push(region);
+                        }
+                    });
+                }
+            });
+        };
+        churn(4, 1500);
+        assert_eq!(vmap.refcount().unwrap(), 0);
+        reap_ok(child(|| {
+            churn(3, 500);
+            assert_eq!(vmap.refcount().unwrap(), 0);
+        }));
+        engine.settle().unwrap();
+        assert_eq!((vmap.refcount().unwrap(), areas_of(nix::unistd::getpid()), engine.stats().strays), (0, 0, 0));
+    });
+}
+
+/// T39: a region that another thread moves back and forth while its pages are missing shows the right page wherever it is.
+#[test]
+fn a_region_that_moves_under_faults_shows_the_right_pages() {
+    alone("a_region_that_moves_under_faults_shows_the_right_pages", || {
+        const PAGES: u64 = 256;
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap(&pages(PAGES)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let len = region.len_bytes();
+        let reserve = || {
+            // SAFETY: a new mapping of nothing; nobody's memory changes.
+            unsafe {
+                libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+            }
+        };
+        let places = [region.as_ptr() as usize, reserve() as usize];
+        let moving = AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            for seed in 0..2 {
+                let (moving, places) = (&moving, &places);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(seed);
+                    while moving.load(Ordering::Acquire) {
+                        let page = rng.below(PAGES);
+                        let addr = (places[rng.below(2) as usize] + page as usize * page_size()) as *const u8;
+                        // Where it is at this moment; elsewhere there is nothing.
+                        match touch::read(addr) {
+                            Ok(byte) => assert_eq!(byte, mark(page)),
+                            Err(refused) => assert!(refused.is_sigsegv(), "{refused:?}"),
+                        }
+                    }
+                });
+            }
+            let mut here = 0;
+            for _ in 0..400 {
+                let (from, to) = (places[here], places[1 - here]);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: both ranges are the test's; only the touching threads look there, and expect anything.
+                let moved =
+                    unsafe { libc::mremap(from as *mut libc::c_void, len, len, flags, to as *mut libc::c_void) };
+                assert_eq!(moved as usize, to);
+                here = 1 - here;
+                assert_eq!(vmap.refcount().unwrap(), 1);
+            }
+            moving.store(false, Ordering::Release);
+        });
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 1);
+        drop(region);
+        assert_eq!(vmap.refcount().unwrap(), 0);
+    });
+}
+
+/// A forked child unmaps under its own faults while the page is read; the count follows.
+#[test]
+fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
+    alone("a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let gated = GatedSource::new();
+        let vmap = engine.vmap(&gated.list(8)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let go = support::scene::Told::new();
+        let pid = child(|| {
+            let addr = at(&region, 3) as usize;
+            let thread = std::thread::spawn(move || touch::read(addr as *const u8));
+            go.wait_for(1);
+            munmap(at(&region, 2), 4);
+            assert!(thread.join().unwrap().unwrap_err().is_sigsegv());
+            assert_eq!(vmap.refcount().unwrap(), 3);
+            go.tell(2);
+        });
+        gated.wait_for_held(1);
+        go.tell(1);
+        reap_ok(pid);
+        go.wait_for(2);
+        gated.open();
+        assert_eq!(touch::read(at(&region, 3)), Ok(mark(3)));
+    });
+}
