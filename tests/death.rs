@@ -345,10 +345,11 @@ fn a_shutdown_answers_blocked_faults_by_sigbus() {
             for page in 16..32 {
                 refused_promptly(at(&region, page));
             }
-            gated.open();
             for faulter in faulters {
                 assert!(faulter.join().unwrap());
             }
+            // Only now: a source that never returns must not keep anyone waiting.
+            gated.open();
         });
         assert_eq!(engine.shutdown(Shutdown::Poison).unwrap_err().errno(), Errno::ESHUTDOWN);
     });
