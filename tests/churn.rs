@@ -1,0 +1,90 @@
+//! Addresses that change hands quickly: what the kernel reports late must not meet what is there by then.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use kiomap::{AttachOptions, Engine, Kiobuf, page_size};
+use support::{alone, mark, pages, touch};
+
+/// U5, T45: threads that attach, touch and drop at once are given each other's addresses before the kernel has reported
+/// that they are free. No attach is refused for that, each region is served, and the count ends at zero.
+#[test]
+fn regions_that_take_over_addresses_are_served_and_counted() {
+    alone("regions_that_take_over_addresses_are_served_and_counted", || {
+        let engine = Engine::new().unwrap();
+        let vmap = engine.vmap(&pages(4)).unwrap();
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let vmap = &vmap;
+                scope.spawn(move || {
+                    for round in 0..2000 {
+                        let region = vmap.attach(&AttachOptions::new()).unwrap();
+                        let page = (thread + round) % 4;
+                        let byte = touch::read(region.as_ptr().wrapping_add(page * page_size()));
+                        assert_eq!(byte, Ok(mark(page as u64)));
+                        assert!(vmap.refcount().unwrap() > 0);
+                    }
+                });
+            }
+        });
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_eq!(engine.stats().strays, 0);
+    });
+}
+
+/// T72: a thread that goes on touching an address whose region was dropped never spoils the next region there.
+#[test]
+fn a_dangling_touch_does_not_spoil_the_next_region() {
+    alone("a_dangling_touch_does_not_spoil_the_next_region", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap(&pages(1)).unwrap();
+        let place = Arc::new(AtomicUsize::new(vmap.attach(&AttachOptions::new()).unwrap().as_ptr() as usize));
+        let end = Arc::new(AtomicBool::new(false));
+        let dangling = {
+            let (place, end) = (Arc::clone(&place), Arc::clone(&end));
+            std::thread::spawn(move || {
+                while !end.load(Ordering::Relaxed) {
+                    // Bytes, SIGSEGV, or SIGBUS of nobody's region: whatever is there.
+                    let _ = touch::read(place.load(Ordering::Relaxed) as *const u8);
+                }
+            })
+        };
+        let mut met = 0;
+        for _ in 0..3000 {
+            // A new object each time, so that the page is missing each time.
+            let vmap = engine.vmap(&pages(1)).unwrap();
+            let Ok(region) = vmap.attach(&AttachOptions::new().at(place.load(Ordering::Relaxed))) else { continue };
+            assert_eq!(touch::read(region.as_ptr()), Ok(mark(0)));
+            met += 1;
+        }
+        end.store(true, Ordering::Relaxed);
+        dangling.join().unwrap();
+        assert!(met > 1000, "the address could be had {met} times");
+    });
+}
+
+/// U5: one munmap that ends more areas than can be told at once. When counting has settled, all of them are counted.
+#[test]
+fn an_unmap_of_very_many_areas_is_counted_when_it_has_settled() {
+    alone("an_unmap_of_very_many_areas_is_counted_when_it_has_settled", || {
+        const AREAS: usize = 3000;
+        let engine = Engine::new().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_zero(1).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let len = AREAS * page_size();
+        // Far from where the kernel puts what asks for no address.
+        let base: usize = 0x1000_0000_0000;
+        for area in 0..AREAS {
+            std::mem::forget(vmap.attach(&AttachOptions::new().at(base + area * page_size())).unwrap());
+        }
+        assert_eq!(vmap.refcount().unwrap(), AREAS);
+        // SAFETY: exactly the regions' range; nothing refers to it.
+        assert_eq!(unsafe { libc::munmap(base as *mut libc::c_void, len) }, 0);
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 0);
+    });
+}
