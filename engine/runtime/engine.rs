@@ -400,7 +400,9 @@ impl Engine {
 
     fn start(&self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let shared = Arc::clone(&self.shared);
-        let thread = threads::spawn(role, self.shared.id, move || contain(&shared, body).unwrap_or(()))?;
+        let thread = threads::spawn(role, self.shared.id, move || {
+            let _ = contain(&shared, body);
+        })?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }
