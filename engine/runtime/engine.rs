@@ -357,7 +357,7 @@ impl Engine {
         if how == Shutdown::Fill {
             for vmap in self.shared.vmaps.all() {
                 if vmap.refcount() > 0 {
-                    crate::vmap::fill_all(&self.shared, &vmap);
+                    crate::vmap::fill_all(&vmap);
                 }
             }
         }

@@ -446,6 +446,7 @@ impl Handler {
                     if target.generation < contents.generation {
                         // The asker keeps both lists alive until it is answered: nothing is freed here.
                         target.list = contents.list.clone();
+                        target.window = contents.window.clone();
                         target.generation = contents.generation;
                     }
                 }

@@ -30,8 +30,8 @@ pub(crate) struct NewArea {
 /// [`Error::AddressTaken`] when the table has the range as another area's; [`Error::Shutdown`]; [`Error::Sys`].
 pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
-    let Contents { list, generation } = vmap.contents();
-    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), generation, inherit };
+    let Contents { list, window, generation } = vmap.contents();
+    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone(), generation, inherit };
     let area = Area { start, end, pgoff, region, writable, leaving: false, target };
     let inserted = {
         // A child that another thread forks has the area or does not have it, as the engine knows.

@@ -1,5 +1,6 @@
 //! The engine at work: its threads, what they share, and how they talk.
 
+pub(crate) mod around;
 pub(crate) mod bell;
 pub(crate) mod call;
 pub(crate) mod callbacks;
@@ -14,5 +15,4 @@ pub(crate) mod keeper;
 pub(crate) mod resolve;
 pub(crate) mod shared;
 pub(crate) mod threads;
-pub(crate) mod window;
 pub(crate) mod workers;

@@ -8,10 +8,10 @@ use crossbeam_channel::{Sender, TrySendError};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 
+use super::around::around;
 use super::command::{ReadBuffer, ReadJob, ReadOrder};
 use super::fault::Fault;
 use super::shared::EngineShared;
-use super::window::around;
 use super::workers::WorkerIds;
 use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
@@ -23,6 +23,8 @@ use crate::sys::{Install, Stop, Userfault};
 
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
+/// Tries at a page while its address space is changing, before it is filled in another way.
+const RETRIES_BEFORE_ASIDE: u32 = 3;
 /// Tries at a page of which the kernel says that it is not mapped, although no event said so.
 const UNMAPPED_RETRIES: u32 = 16;
 
@@ -96,11 +98,11 @@ impl Resolver {
             Nopage::Direct { src, run } => {
                 let window = around(pages, area, &run, pgoff);
                 let src = src.wrapping_add(((window.start - run.start) * page) as usize);
-                self.install(space, uffd, fault, pgoff, window, Source::Memory(src))
+                self.install(space, uffd, area, fault, window, Source::Memory(src))
             }
             Nopage::Zero { run } => {
                 let window = around(pages, area, &run, pgoff);
-                self.install(space, uffd, fault, pgoff, window, Source::Zeros)
+                self.install(space, uffd, area, fault, window, Source::Zeros)
             }
             Nopage::Read { run, .. } => {
                 let window = around(pages, area, &run, pgoff);
@@ -126,16 +128,19 @@ impl Resolver {
             return if self.is_worker(fault) { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
         }
         // Installed meanwhile, perhaps in another space: then only this mapping of it is missing.
-        if fault.retries > 0
-            && let Some(answer) = self.map_resident(uffd, fault.addr)
-        {
-            return answer;
+        if fault.retries > 0 {
+            match self.map_resident(uffd, fault.addr) {
+                // Not to be told while the address space is changing: it is read again and, if it is there, found so.
+                Some(Answer::Later) if fault.retries >= RETRIES_BEFORE_ASIDE => {}
+                Some(answer) => return answer,
+                None => {}
+            }
         }
         let bytes = (window.end - window.start) as usize * page_size();
         match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
             TryRead::Done => {
                 let source = Source::Memory(self.bounce.as_ptr());
-                self.install(space, uffd, fault, pgoff, window, source)
+                self.install(space, uffd, area, fault, window, source)
             }
             // A neighbour's failure is not this page's.
             TryRead::Failed(_) if window.end - window.start > 1 => {
@@ -203,7 +208,8 @@ impl Resolver {
     ) -> (Fault, Answer) {
         // A neighbour's failure is not this page's: read it alone then.
         let alone = outcome.is_err() && order.pages.end - order.pages.start > 1;
-        let fault = Fault { alone, retries: 1, ..order.fault() };
+        // What was read once is not read again because the address space is changing.
+        let fault = Fault { alone, retries: RETRIES_BEFORE_ASIDE, ..order.fault() };
         let installed = if alone { None } else { self.install_read(space, &order, &fault, outcome) };
         self.discard(order);
         // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
@@ -234,7 +240,7 @@ impl Resolver {
         let window = around(self.fault_around_pages, area, &order.pages, pgoff);
         let skipped = (window.start - order.pages.start) as usize * page_size();
         let source = Source::Memory(order.buffer.0[skipped..].as_ptr());
-        Some(self.install(space, uffd, fault, pgoff, window, source))
+        Some(self.install(space, uffd, area, fault, window, source))
     }
 
     /// Takes an order's buffer and claim back.
@@ -245,17 +251,18 @@ impl Resolver {
         let _ = self.buffers.try_push(order.buffer);
     }
 
-    /// Installs the pages of `window`, which the fault's page `pgoff` is one of; present neighbours are passed over.
+    /// Installs the pages of `window`, which the fault's page is one of; present neighbours are passed over.
     fn install(
         &mut self,
         space: &Space,
         uffd: &Userfault,
+        area: &Area<Target>,
         fault: &Fault,
-        pgoff: u64,
         window: Range<u64>,
         source: Source,
     ) -> Answer {
         let page = page_size();
+        let pgoff = area.pgoff_of(fault.addr);
         let wanted = (pgoff - window.start) as usize * page;
         let start = fault.addr - wanted;
         let total = (window.end - window.start) as usize * page;
@@ -277,15 +284,45 @@ impl Resolver {
                 // The page that stopped it is asked for alone; the kernel then names the reason.
                 Some(Stop::Changing) if install.bytes > 0 => {}
                 Some(_) if settled > wanted => return Answer::Done,
+                Some(Stop::Changing) if total == page && fault.retries >= RETRIES_BEFORE_ASIDE => {
+                    return self.install_aside(space, uffd, area, fault, source);
+                }
                 Some(stop) if total == page => return self.not_installed(space, uffd, fault, stop),
                 Some(_) => {
                     // The window may reach over the border of a mapping, or a neighbour's source may be bad.
                     let source = source.advanced(wanted);
-                    return self.install(space, uffd, fault, pgoff, pgoff..pgoff + 1, source);
+                    return self.install(space, uffd, area, fault, pgoff..pgoff + 1, source);
                 }
             }
         }
         Answer::Done
+    }
+
+    /// Fills a page of the backing object through the vmap's window, and wakes the thread, which then maps it by itself.
+    ///
+    /// While an address space is changing the kernel installs nothing in it, and threads that change it without a pause
+    /// can keep it so for seconds. The window is not theirs to change, and waking is always possible.
+    fn install_aside(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        source: Source,
+    ) -> Answer {
+        let Some(window) = &area.target.window else { return Answer::Later };
+        let pgoff = area.pgoff_of(fault.addr);
+        let install = match source {
+            // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
+            Source::Memory(src) => unsafe { window.copy(pgoff, src, page_size()) },
+            Source::Zeros => window.zeropage(pgoff, page_size()),
+        };
+        self.count_installed(space, &source, install.bytes);
+        match install.stop {
+            None | Some(Stop::Present) => self.wake(uffd, fault.addr),
+            Some(Stop::Changing) => Answer::Later,
+            Some(stop) => self.not_installed(space, uffd, fault, stop),
+        }
     }
 
     /// Decides about a single page that the kernel did not install.

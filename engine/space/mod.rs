@@ -12,6 +12,7 @@ use crate::process::ledger::Private;
 use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::VmapCore;
+use crate::vmap::window::Window;
 use table::AreaTable;
 
 /// Names a space; never used again within an engine.
@@ -26,6 +27,8 @@ pub(crate) struct Target {
     pub(crate) vmap: Arc<VmapCore>,
     /// The page list as of `generation`.
     pub(crate) list: Kiobuf,
+    /// Where its pages are filled while this address space is changing.
+    pub(crate) window: Option<Arc<Window>>,
     pub(crate) generation: u64,
     /// A forked child gets this area too.
     pub(crate) inherit: bool,

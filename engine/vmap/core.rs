@@ -20,6 +20,7 @@ use super::window::Window;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
 use crate::process::new_memfd;
+use crate::sys::Opener;
 use crate::{Error, Result};
 
 pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
@@ -38,6 +39,8 @@ pub(crate) enum Notice {
 #[derive(Clone, Debug)]
 pub(crate) struct Contents {
     pub(crate) list: Kiobuf,
+    /// Covers the list; a list without pages has none.
+    pub(crate) window: Option<Arc<Window>>,
     pub(crate) generation: u64,
 }
 
@@ -56,8 +59,6 @@ pub(crate) struct VmapCore {
     contents: Mutex<Contents>,
     /// Held for reading by the owner's own reads and writes, for writing by an exchange of the list.
     pub(crate) in_use: RwLock<()>,
-    /// Where the owner fills pages without a region of its own; made at first use.
-    pub(crate) window: Mutex<Option<Window>>,
     pub(crate) on_deref: Mutex<DerefSlot>,
     pub(crate) user_data: Option<Box<dyn Any + Send + Sync>>,
     notices: Sender<Notice>,
@@ -105,6 +106,7 @@ impl VmapCore {
     /// Makes the backing object: a memfd of exactly the list's pages, sealed against shrinking, and against growing
     /// unless the vmap is expandable. Past its end the kernel itself raises SIGBUS, even when the engine is gone.
     pub(crate) fn new(
+        opener: &Opener,
         id: u64,
         list: Kiobuf,
         expandable: bool,
@@ -119,6 +121,7 @@ impl VmapCore {
             seals |= SealFlag::F_SEAL_GROW;
         }
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::sys("sealing the memfd of a vmap"))?;
+        let window = open_window(opener, memfd.as_fd(), list.nr_pages())?;
         Ok(VmapCore {
             id,
             memfd,
@@ -127,9 +130,8 @@ impl VmapCore {
             refcount: AtomicUsize::new(0),
             count: Mutex::default(),
             settled: Condvar::new(),
-            contents: Mutex::new(Contents { list, generation: 0 }),
+            contents: Mutex::new(Contents { list, window, generation: 0 }),
             in_use: RwLock::new(()),
-            window: Mutex::new(None),
             on_deref: Mutex::new(DerefSlot { callback: on_deref, version: 0 }),
             user_data,
             notices,
@@ -153,11 +155,16 @@ impl VmapCore {
         self.lock_contents().clone()
     }
 
-    /// Exchanges the list, and returns the one before.
-    pub(crate) fn set_list(&self, list: Kiobuf) -> Contents {
+    /// Opens a window for when the object has `nr_pages` pages.
+    pub(crate) fn open_window(&self, opener: &Opener, nr_pages: u64) -> Result<Option<Arc<Window>>> {
+        open_window(opener, self.memfd(), nr_pages)
+    }
+
+    /// Exchanges the list and its window, and returns those before.
+    pub(crate) fn set_list(&self, list: Kiobuf, window: Option<Arc<Window>>) -> Contents {
         let mut contents = self.lock_contents();
         let generation = contents.generation + 1;
-        std::mem::replace(&mut *contents, Contents { list, generation })
+        std::mem::replace(&mut *contents, Contents { list, window, generation })
     }
 
     /// Grows the backing object; the list that covers the new pages is published before.
@@ -303,6 +310,11 @@ impl fmt::Debug for VmapCore {
             .field("refcount", &self.refcount())
             .finish_non_exhaustive()
     }
+}
+
+/// Opens the window of a list of `nr_pages` pages; of none if there are none.
+fn open_window(opener: &Opener, memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<Option<Arc<Window>>> {
+    if nr_pages == 0 { Ok(None) } else { Window::open(opener, memfd, nr_pages).map(|window| Some(Arc::new(window))) }
 }
 
 fn resize(memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<()> {

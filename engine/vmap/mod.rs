@@ -5,9 +5,8 @@ pub(crate) mod registry;
 pub(crate) mod window;
 
 use std::any::Any;
-use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -21,7 +20,7 @@ use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::{Error, Result};
-use core::{DerefFn, VmapCore};
+use core::{Contents, DerefFn, VmapCore};
 use window::{Window, is_resident};
 
 /// Pages filled in one step when a whole vmap is filled.
@@ -99,7 +98,7 @@ impl VmapBuilder {
         owner_only(&shared, "publishing a vmap")?;
         refuse_own_memory(&list)?;
         let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
-        let core = Arc::new(VmapCore::new(id, list, expandable, on_deref, user_data, notices)?);
+        let core = Arc::new(VmapCore::new(&shared.opener, id, list, expandable, on_deref, user_data, notices)?);
         shared.vmaps.enter(&core);
         Ok(Vmap { core, shared })
     }
@@ -236,7 +235,7 @@ impl Vmap {
         refuse_nested("reading or writing a vmap")?;
         let page = page_size() as u64;
         let in_use = self.core.in_use.read().unwrap_or_else(PoisonError::into_inner);
-        let list = self.core.contents().list;
+        let Contents { list, window, .. } = self.core.contents();
         let nr_pages = self.nr_pages();
         let end = offset.checked_add(len as u64).filter(|&end| end <= nr_pages * page).ok_or(Error::Invalid {
             what: "the range's offset in bytes",
@@ -244,7 +243,8 @@ impl Vmap {
             rule: "offset plus length must lie within the list",
         })?;
         let (mut pgoff, end) = (offset / page, end.div_ceil(page));
-        let mut window = lock_window(&self.shared, &self.core)?;
+        // Without a window there are no pages, and the range is empty.
+        let Some(window) = window else { return Ok(in_use) };
         while pgoff < end {
             match window.fill(&list, self.core.memfd(), pgoff, end) {
                 Ok(()) => break,
@@ -278,10 +278,11 @@ impl Vmap {
         let mut list = self.core.contents().list;
         list.expand(tail)?;
         let nr_pages = list.nr_pages();
+        let window = self.core.open_window(&self.shared.opener, nr_pages)?;
         // The list first: a touch of a new page, as soon as the object has it, must find it there.
-        let before = self.publish(list)?;
+        let before = self.publish(list, window)?;
         if let Err(error) = self.core.grow(nr_pages) {
-            self.publish(before)?;
+            self.publish(before.list, before.window)?;
             return Err(error);
         }
         Ok(())
@@ -301,7 +302,7 @@ impl Vmap {
         if self.nr_pages() > 0 {
             revoked.map_hole(self.nr_pages())?;
         }
-        let before = self.publish(revoked)?;
+        let before = self.publish(revoked, self.core.contents().window)?;
         let bytes = self.nr_pages() * page_size() as u64;
         if how == Revoke::Hard && bytes > 0 {
             // Punching drops the pages from every mapping; the next touch faults, and finds nothing in the list.
@@ -332,13 +333,13 @@ impl Vmap {
     }
 
     /// Exchanges the list everywhere; when it returns, no fault is answered from the old one, which it returns.
-    fn publish(&self, list: Kiobuf) -> Result<Kiobuf> {
-        let before = self.core.set_list(list);
+    fn publish(&self, list: Kiobuf, window: Option<Arc<Window>>) -> Result<Contents> {
+        let before = self.core.set_list(list, window);
         // Kept over the question, so that the fault-handling thread drops neither as the last.
         let now = self.core.contents();
         let (vmap, contents) = (self.core.id, now.clone());
         self.shared.handler.ask(|reply| Command::SetList { vmap, contents, reply })?;
-        Ok(before.list)
+        Ok(before)
     }
 }
 
@@ -355,11 +356,9 @@ pub(crate) fn refuse_nested(what: &'static str) -> Result<()> {
 }
 
 /// Fills every page of a vmap that can be had, for a shutdown.
-pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
+pub(crate) fn fill_all(core: &VmapCore) {
     let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
-    let list = core.contents().list;
-    // Without a window nothing can be filled: what is missing will be SIGBUS.
-    let Ok(mut window) = lock_window(shared, core) else { return };
+    let Contents { list, window: Some(window), .. } = core.contents() else { return };
     for extent in list.extents().filter(|extent| extent.kind != ExtentKind::Hole) {
         let end = extent.first_page + extent.nr_pages;
         let mut pgoff = extent.first_page;
@@ -372,26 +371,4 @@ pub(crate) fn fill_all(shared: &EngineShared, core: &VmapCore) {
             };
         }
     }
-}
-
-/// A vmap's window, locked.
-struct LockedWindow<'a>(MutexGuard<'a, Option<Window>>);
-
-impl LockedWindow<'_> {
-    fn fill(&mut self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
-        match &mut *self.0 {
-            Some(window) => window.fill(list, memfd, first, end),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Locks a vmap's window; made, or made anew, if it does not cover the vmap. A vmap without pages needs none.
-fn lock_window<'a>(shared: &EngineShared, core: &'a VmapCore) -> Result<LockedWindow<'a>> {
-    let mut window = core.window.lock().unwrap_or_else(PoisonError::into_inner);
-    let nr_pages = core.nr_pages();
-    if nr_pages > 0 && window.as_ref().is_none_or(|window| window.nr_pages() != nr_pages) {
-        *window = Some(Window::open(&shared.opener, core.memfd(), nr_pages)?);
-    }
-    Ok(LockedWindow(window))
 }

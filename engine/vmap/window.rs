@@ -1,8 +1,10 @@
-//! Where the owner of a vmap fills its pages without a region of its own.
+//! Where pages of a vmap are filled without a region.
 //!
 //! Filling through `pwrite` would race with a fault: between "is it missing?" and the write, the page may have been
-//! installed and changed. UFFDIO_COPY is atomic (EEXIST when the page is there), so the owner fills through it, onto
-//! a mapping that nobody can touch: PROT_NONE, with a userfaultfd of its own that no thread reads.
+//! installed and changed. UFFDIO_COPY is atomic (EEXIST when the page is there), so pages are filled through it, onto
+//! a mapping that nobody can touch: PROT_NONE, with a userfaultfd of its own that reports no events. That it reports
+//! none has another use: while an address space is changing, the kernel installs nothing through the userfaultfd that
+//! reports the change (EAGAIN), for as long as somebody goes on changing; through this one it does.
 
 use std::cell::Cell;
 use std::os::fd::BorrowedFd;
@@ -21,16 +23,17 @@ use crate::{Error, Result};
 /// Pages composed at once when they can't be copied straight from memory.
 const BOUNCE_PAGES: u64 = 64;
 
-/// A mapping of a whole vmap for filling it.
+/// A mapping of a whole vmap for filling it. It never changes: a vmap that grows gets another.
+#[derive(Debug)]
 pub(crate) struct Window {
     /// Declared before the descriptor: unmapping comes before closing, which would unregister.
     mapping: Mapping,
     uffd: Private<Userfault>,
-    bounce: MmapMut,
     nr_pages: u64,
 }
 
 impl Window {
+    /// Opens a window on an object of `nr_pages` pages, or one that is about to grow to them.
     pub(crate) fn open(opener: &Opener, memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<Window> {
         let page = page_size();
         let uffd = Private::open(|| opener.open(Features::from_bits(0)).map(|(uffd, _)| uffd))?;
@@ -41,12 +44,28 @@ impl Window {
         })?;
         let mapping = Mapping::hidden(memfd, len, 0, Placement::Anywhere)?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
-        let bounce = MmapMut::map_anon(BOUNCE_PAGES as usize * page).map_err(Error::io("mmap of a bounce buffer"))?;
-        Ok(Window { mapping, uffd, bounce, nr_pages })
+        Ok(Window { mapping, uffd, nr_pages })
     }
 
-    pub(crate) fn nr_pages(&self) -> u64 {
-        self.nr_pages
+    /// The address of a page here.
+    fn page_at(&self, pgoff: u64) -> usize {
+        self.mapping.addr() + pgoff as usize * page_size()
+    }
+
+    /// Fills missing pages from `pgoff` on with bytes from `src`.
+    ///
+    /// # Safety
+    ///
+    /// `len` bytes can be read at `src`.
+    pub(crate) unsafe fn copy(&self, pgoff: u64, src: *const u8, len: usize) -> Install {
+        debug_assert!(pgoff < self.nr_pages);
+        // SAFETY: the source is the caller's promise; the destination is this window, of which no Rust value is a part.
+        unsafe { self.uffd.copy(self.page_at(pgoff), src, len) }
+    }
+
+    /// Fills missing pages from `pgoff` on with zeros.
+    pub(crate) fn zeropage(&self, pgoff: u64, len: usize) -> Install {
+        self.uffd.zeropage(self.page_at(pgoff), len)
     }
 
     /// Fills the missing pages of `first..end`; present ones stay as they are.
@@ -54,20 +73,19 @@ impl Window {
     /// # Errors
     ///
     /// [`Error::NoPage`] at the first page that can't be had; those before it are filled.
-    pub(crate) fn fill(&mut self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
+    pub(crate) fn fill(&self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
         let page = page_size() as u64;
+        let mut bounce: Option<MmapMut> = None;
         let mut pgoff = first;
         // Up to here pages are read one by one: together they failed.
         let mut alone_until = first;
         while pgoff < end {
-            let dst = self.mapping.addr() + (pgoff * page) as usize;
             let done = match list.nopage(pgoff) {
                 Nopage::Direct { src, run } => {
                     let pages = run.end.min(end) - pgoff;
                     let src = src.wrapping_add(((pgoff - run.start) * page) as usize);
-                    // SAFETY: the list holds `pages` whole pages at `src` and keeps them alive; the destination is
-                    // this window, of which no Rust value is a part.
-                    let install = unsafe { self.uffd.copy(dst, src, (pages * page) as usize) };
+                    // SAFETY: the list holds `pages` whole pages at `src` and keeps them alive.
+                    let install = unsafe { self.copy(pgoff, src, (pages * page) as usize) };
                     progress(install, pgoff, pages)?
                 }
                 Nopage::Read { run, .. } => {
@@ -80,7 +98,14 @@ impl Window {
                     let most = if pgoff < alone_until { 1 } else { BOUNCE_PAGES };
                     let pages = (run.end.min(end).min(missing_until) - pgoff).min(most);
                     let bytes = (pages * page) as usize;
-                    match read(list, pgoff, &mut self.bounce[..bytes]) {
+                    let buffer = match &mut bounce {
+                        Some(buffer) => buffer,
+                        None => {
+                            let buffer = MmapMut::map_anon(BOUNCE_PAGES as usize * page_size());
+                            bounce.insert(buffer.map_err(Error::io("mmap of a bounce buffer"))?)
+                        }
+                    };
+                    match read(list, pgoff, &mut buffer[..bytes]) {
                         Err(_) if pages > 1 => {
                             alone_until = pgoff + pages;
                             continue;
@@ -88,12 +113,12 @@ impl Window {
                         outcome => outcome?,
                     }
                     // SAFETY: `bytes` bytes of the bounce buffer, which the kernel only reads.
-                    let install = unsafe { self.uffd.copy(dst, self.bounce.as_ptr(), bytes) };
+                    let install = unsafe { self.copy(pgoff, buffer.as_ptr(), bytes) };
                     progress(install, pgoff, pages)?
                 }
                 Nopage::Zero { run } => {
                     let pages = run.end.min(end) - pgoff;
-                    progress(self.uffd.zeropage(dst, (pages * page) as usize), pgoff, pages)?
+                    progress(self.zeropage(pgoff, (pages * page) as usize), pgoff, pages)?
                 }
                 Nopage::Sigbus(why) => return Err(Error::NoPage { pgoff, why: why.to_string() }),
             };
