@@ -182,7 +182,8 @@ fn running_out_of_descriptors_is_an_error_at_every_step() {
             no_engine_is_left(fds);
         }
         stages.dedup();
-        assert_eq!(stages, [4, 2, 1, 0]);
+        // The vmap, the dup of the file, and the engine take descriptors; what comes after them takes none.
+        assert_eq!(stages, [2, 1, 0]);
         life(&file).unwrap();
     });
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, page_size};
 use support::{alone, mark, pages, touch};
@@ -40,29 +40,26 @@ fn regions_that_take_over_addresses_are_served_and_counted() {
 fn a_dangling_touch_does_not_spoil_the_next_region() {
     alone("a_dangling_touch_does_not_spoil_the_next_region", || {
         let engine = Engine::builder().fault_around_pages(1).build().unwrap();
-        let vmap = engine.vmap(&pages(1)).unwrap();
-        let place = Arc::new(AtomicUsize::new(vmap.attach(&AttachOptions::new()).unwrap().as_ptr() as usize));
+        // Far from where the kernel puts what asks for no address.
+        let place: usize = 0x1100_0000_0000;
         let end = Arc::new(AtomicBool::new(false));
         let dangling = {
-            let (place, end) = (Arc::clone(&place), Arc::clone(&end));
+            let end = Arc::clone(&end);
             std::thread::spawn(move || {
                 while !end.load(Ordering::Relaxed) {
                     // Bytes, SIGSEGV, or SIGBUS of nobody's region: whatever is there.
-                    let _ = touch::read(place.load(Ordering::Relaxed) as *const u8);
+                    let _ = touch::read(place as *const u8);
                 }
             })
         };
-        let mut met = 0;
         for _ in 0..3000 {
             // A new object each time, so that the page is missing each time.
             let vmap = engine.vmap(&pages(1)).unwrap();
-            let Ok(region) = vmap.attach(&AttachOptions::new().at(place.load(Ordering::Relaxed))) else { continue };
+            let region = vmap.attach(&AttachOptions::new().at(place)).unwrap();
             assert_eq!(touch::read(region.as_ptr()), Ok(mark(0)));
-            met += 1;
         }
         end.store(true, Ordering::Relaxed);
         dangling.join().unwrap();
-        assert!(met > 1000, "the address could be had {met} times");
     });
 }
 

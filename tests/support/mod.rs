@@ -147,10 +147,10 @@ pub(crate) fn threads() -> Vec<String> {
         .collect()
 }
 
-/// The mappings of this process that show a vmap.
+/// The mappings of this process that show a vmap; not those that are hidden, through which the engine fills pages.
 pub(crate) fn vmap_mappings() -> Vec<String> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().filter(|line| line.contains("/memfd:kiomap ")).map(str::to_owned).collect()
+    maps.lines().filter(|line| line.contains("/memfd:kiomap ") && !line.contains(" ---s ")).map(str::to_owned).collect()
 }
 
 /// Fills a buffer with the bytes of a [`mark`]ed list from page `first` on.
