@@ -212,15 +212,10 @@ fn a_region_that_moves_under_faults_shows_the_right_pages() {
         const PAGES: u64 = 256;
         let engine = Engine::builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(PAGES)).unwrap();
-        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        // Far from where the kernel puts what anybody else maps: the place that was left stays empty.
+        let places = [0x1000_0000_0000, 0x1000_4000_0000];
+        let region = vmap.attach(&AttachOptions::new().at(places[0])).unwrap();
         let len = region.len_bytes();
-        let reserve = || {
-            // SAFETY: a new mapping of nothing; nobody's memory changes.
-            unsafe {
-                libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-            }
-        };
-        let places = [region.as_ptr() as usize, reserve() as usize];
         let moving = AtomicBool::new(true);
         std::thread::scope(|scope| {
             for seed in 0..2 {
