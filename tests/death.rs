@@ -531,3 +531,35 @@ fn an_exit_status_is_not_changed_by_the_engine() {
         assert_eq!(status.signal(), Some(9));
     });
 }
+
+/// T55: a process that was cloned without the fork handlers, and so holds copies of every descriptor, does not hide a
+/// shutdown from the engine's children.
+#[test]
+fn a_raw_clone_that_lives_on_does_not_hide_a_shutdown() {
+    alone("a_raw_clone_that_lives_on_does_not_hide_a_shutdown", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap(&pages(8)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let (started, gone) = (Told::new(), Told::new());
+        let pid = child(|| {
+            assert_eq!(touch::read(at(&region, 1)), Ok(mark(1)));
+            started.tell(1);
+            gone.wait_for(2);
+            refused_promptly(at(&region, 2));
+            assert_eq!(touch::read(at(&region, 1)), Ok(mark(1)));
+        });
+        started.wait_for(1);
+        // SAFETY: as a fork without handlers; the child only waits, by a system call.
+        let clone = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) } as i32;
+        if clone == 0 {
+            loop {
+                // SAFETY: waits for the signal that ends it.
+                unsafe { libc::pause() };
+            }
+        }
+        engine.shutdown(Shutdown::Poison).unwrap();
+        gone.tell(2);
+        reap_ok(pid);
+        kill_and_reap(nix::unistd::Pid::from_raw(clone));
+    });
+}

@@ -204,15 +204,10 @@ fn a_region_that_moves_under_faults_shows_the_right_pages() {
         const PAGES: u64 = 256;
         let engine = Engine::builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(PAGES)).unwrap();
-        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        // Far from where the kernel puts what anybody else maps: the place that was left stays empty.
+        let places = [0x1000_0000_0000, 0x1000_4000_0000];
+        let region = vmap.attach(&AttachOptions::new().at(places[0])).unwrap();
         let len = region.len_bytes();
-        let reserve = || {
-            // SAFETY: a new mapping of nothing; nobody's memory changes.
-            unsafe {
-                libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-            }
-        };
-        let places = [region.as_ptr() as usize, reserve() as usize];
         let moving = AtomicBool::new(true);
         std::thread::scope(|scope| {
             for seed in 0..2 {
@@ -274,5 +269,31 @@ fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
         go.wait_for(2);
         gated.open();
         assert_eq!(touch::read(at(&region, 3)), Ok(mark(3)));
+    });
+}
+
+/// T46, T47: advice that drops mappings loses no byte, as the object holds the pages; advice that drops the pages
+/// themselves makes the next touch ask the list again. Neither shows zeros, and neither changes the count.
+#[test]
+fn hole_punching_asks_the_list_again() {
+    alone("hole_punching_asks_the_list_again", || {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap(&pages(8)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let other = vmap.attach(&AttachOptions::new()).unwrap();
+        for (advice, kept) in [(libc::MADV_DONTNEED, true), (libc::MADV_REMOVE, false)] {
+            for page in 2..5 {
+                touch::write(at(&region, page), 0xee).unwrap();
+                assert_eq!(touch::read(at(&other, page)), Ok(0xee));
+            }
+            // SAFETY: the range is the region's; what becomes of its bytes is what is tested.
+            assert_eq!(unsafe { libc::madvise(at(&region, 2).cast(), 3 * page_size(), advice) }, 0);
+            for page in 0..8 {
+                let expected = if kept && (2..5).contains(&page) { 0xee } else { mark(page) };
+                assert_eq!(touch::read(at(&region, page)), Ok(expected), "page {page} after advice {advice}");
+                assert_eq!(touch::read(at(&other, page)), Ok(expected), "page {page} after advice {advice}");
+            }
+            assert_eq!(vmap.refcount().unwrap(), 2);
+        }
     });
 }
