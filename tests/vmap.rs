@@ -166,7 +166,7 @@ fn firsts_and_derefs_alternate_under_eight_threads() {
                 scope.spawn(move || {
                     let mut random = thread * 0x9e37_79b9 + 1;
                     let mut regions = Vec::new();
-                    for _ in 0..1000 {
+                    for _ in 0..10_000 {
                         random ^= random << 13;
                         random ^= random >> 7;
                         random ^= random << 17;
