@@ -30,9 +30,10 @@ use crate::page::page_size;
 use crate::process::ledger::{self, Ledger, Private};
 use crate::process::mapping::{self, Mapping, Placement};
 use crate::process::{close_gate, descend, gate, open_pidfd};
+use crate::runtime::call::call;
 use crate::runtime::children::fork_space;
 use crate::runtime::shared::EngineShared;
-use crate::runtime::threads::{self, Role};
+use crate::runtime::threads::{self, Role, spawn_in_child};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::{AreaRecord, OWN_SPACE};
 use crate::sys::{MsgBuffer, Userfault};
@@ -197,10 +198,9 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
             messages: MsgBuffer::new(GUARD_MESSAGES),
         };
         // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
-        let (ready, is_ready) = crossbeam_channel::bounded::<()>(1);
-        threads::spawn(Role::Guard, shared.id, move || guard.run(|| drop(ready)))?;
-        // Its end is the answer.
-        let _ = is_ready.recv();
+        let mut started = Ok(());
+        call(|ready| started = spawn_in_child(Role::Guard, shared.id, move || guard.run(|| ready.answer(()))));
+        started?;
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
         lifeline.greet(Ask::Hello { pid, errno: 0 }, Some(attached.uffd.as_fd()))?;
         lifeline.welcomed()?;

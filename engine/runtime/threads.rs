@@ -1,10 +1,13 @@
 //! How the engine's own threads are started and recognised.
 
 use std::cell::Cell;
+use std::ffi::CStr;
+use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use memmap2::MmapMut;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
 use super::call::{Ticket, call};
@@ -29,13 +32,13 @@ pub(crate) enum Role {
 
 impl Role {
     /// The thread's name, as `/proc/PID/task/TID/comm` shows it.
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static CStr {
         match self {
-            Role::Fault => "kiomap-fault",
-            Role::Keeper => "kiomap-keeper",
-            Role::Callback => "kiomap-callback",
-            Role::Worker => "kiomap-worker",
-            Role::Guard => "kiomap-guard",
+            Role::Fault => c"kiomap-fault",
+            Role::Keeper => c"kiomap-keeper",
+            Role::Callback => c"kiomap-callback",
+            Role::Worker => c"kiomap-worker",
+            Role::Guard => c"kiomap-guard",
         }
     }
 }
@@ -92,7 +95,8 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
         .map_err(Error::sys("blocking signals for a thread of the engine"))?;
     let mut spawned = Err(std::io::ErrorKind::Other.into());
     call(|started: Ticket<()>| {
-        let builder = std::thread::Builder::new().name(role.name().to_owned()).stack_size(STACK_BYTES);
+        let builder =
+            std::thread::Builder::new().name(role.name().to_string_lossy().into_owned()).stack_size(STACK_BYTES);
         // If it can't be spawned, the ticket is dropped, and nobody waits for it.
         spawned = builder.spawn(move || {
             ROLE.set(Some((role, engine)));
@@ -102,4 +106,56 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     });
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None).map_err(Error::sys("restoring the signal mask"))?;
     spawned.map_err(Error::io("starting a thread of the engine (RLIMIT_NPROC, `ulimit -u`, or the cgroup's pids.max)"))
+}
+
+/// Starts a thread of engine `engine` in a forked child, with every signal blocked.
+///
+/// Not by the standard library: it keeps a record of its threads behind a lock, which another thread of the parent may
+/// have held at the fork, and which nobody then releases in the child.
+pub(crate) fn spawn_in_child(role: Role, engine: u64, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let failed = |errno| Error::sys("pthread_create in a forked child")(Errno::from_raw(errno));
+    let mut before = SigSet::empty();
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
+        .map_err(Error::sys("blocking signals for a thread of the engine"))?;
+    let start: Box<Start> = Box::new(Box::new(move || {
+        ROLE.set(Some((role, engine)));
+        // The name is for those who look; without it the thread does as well.
+        let _ = nix::sys::prctl::set_name(role.name());
+        body();
+    }));
+    let argument = Box::into_raw(start);
+    let mut attributes = MaybeUninit::uninit();
+    let mut thread = MaybeUninit::uninit();
+    // SAFETY: the attributes are initialised before use and destroyed after; `argument` becomes the new thread's, which
+    // is given to `run_start` alone.
+    let outcome = unsafe {
+        match libc::pthread_attr_init(attributes.as_mut_ptr()) {
+            0 => {
+                libc::pthread_attr_setstacksize(attributes.as_mut_ptr(), STACK_BYTES);
+                libc::pthread_attr_setdetachstate(attributes.as_mut_ptr(), libc::PTHREAD_CREATE_DETACHED);
+                let outcome =
+                    libc::pthread_create(thread.as_mut_ptr(), attributes.as_ptr(), run_start, argument.cast());
+                libc::pthread_attr_destroy(attributes.as_mut_ptr());
+                outcome
+            }
+            errno => errno,
+        }
+    };
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None).map_err(Error::sys("restoring the signal mask"))?;
+    if outcome != 0 {
+        // SAFETY: no thread was started, so it is still ours.
+        drop(unsafe { Box::from_raw(argument) });
+        return Err(failed(outcome));
+    }
+    Ok(())
+}
+
+type Start = Box<dyn FnOnce() + Send>;
+
+extern "C" fn run_start(argument: *mut libc::c_void) -> *mut libc::c_void {
+    // SAFETY: `spawn_in_child` passes a box of this type, once.
+    let start = unsafe { Box::from_raw(argument.cast::<Start>()) };
+    // A panic must not unwind into the C library; what the guard held is then nobody's, as after its end.
+    let _ = catch_unwind(AssertUnwindSafe(start));
+    std::ptr::null_mut()
 }
