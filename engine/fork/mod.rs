@@ -198,7 +198,7 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         };
         // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
         let (ready, is_ready) = crossbeam_channel::bounded::<()>(1);
-        threads::spawn(Role::Guard, shared.id, move || guard.run(|| drop(ready)))?;
+        threads::spawn_guard(shared.id, move || guard.run(|| drop(ready)))?;
         // Its end is the answer.
         let _ = is_ready.recv();
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;

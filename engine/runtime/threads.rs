@@ -1,10 +1,13 @@
 //! How the engine's own threads are started and recognised.
 
 use std::cell::Cell;
+use std::ffi::CString;
+use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use memmap2::MmapMut;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 
 use super::call::{Ticket, call};
@@ -58,6 +61,59 @@ pub(crate) fn current_role(engine: u64) -> Option<Role> {
     ROLE.get().filter(|(_, id)| *id == engine).map(|(role, _)| role)
 }
 
+type Body = Box<dyn FnOnce() + Send>;
+
+/// Starts the guard of a forked child, detached. It blocks every signal.
+///
+/// It is not a thread of the standard library: one of those takes a lock of that library when it starts, to note where
+/// its stack ends. If another thread of the parent held that lock at the fork, it is never released in the child. The C
+/// library's own locks are made good by its fork.
+pub(crate) fn spawn_guard(engine: u64, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    extern "C" fn start(body: *mut libc::c_void) -> *mut libc::c_void {
+        // SAFETY: the pointer is that of a box that was given up for this thread, which alone takes it.
+        let body = unsafe { Box::from_raw(body.cast::<Body>()) };
+        // Only our own code runs here; if it should panic, unwinding must not leave it.
+        let _ = catch_unwind(AssertUnwindSafe(body));
+        std::ptr::null_mut()
+    }
+    let named: Body = Box::new(move || {
+        ROLE.set(Some((Role::Guard, engine)));
+        let name = CString::new(Role::Guard.name()).unwrap_or_default();
+        // A name that is refused leaves the parent's, which harms nobody.
+        let _ = nix::sys::prctl::set_name(&name);
+        body();
+    });
+    let mut before = SigSet::empty();
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
+        .map_err(Error::sys("blocking signals for a guard"))?;
+    let body = Box::into_raw(Box::new(named));
+    let mut attributes = MaybeUninit::<libc::pthread_attr_t>::uninit();
+    let mut thread = MaybeUninit::<libc::pthread_t>::uninit();
+    // SAFETY: the attributes are initialised before they are used and destroyed after; the thread takes the box.
+    let outcome = unsafe {
+        let attributes = attributes.as_mut_ptr();
+        let mut outcome = libc::pthread_attr_init(attributes);
+        if outcome == 0 {
+            libc::pthread_attr_setstacksize(attributes, STACK_BYTES);
+            libc::pthread_attr_setdetachstate(attributes, libc::PTHREAD_CREATE_DETACHED);
+            outcome = libc::pthread_create(thread.as_mut_ptr(), attributes, start, body.cast());
+            libc::pthread_attr_destroy(attributes);
+        }
+        outcome
+    };
+    if outcome != 0 {
+        // SAFETY: there is no thread that could have taken the box.
+        drop(unsafe { Box::from_raw(body) });
+    }
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None).map_err(Error::sys("restoring the signal mask"))?;
+    match outcome {
+        0 => Ok(()),
+        errno => Err(Error::sys("pthread_create for a guard (RLIMIT_NPROC, or the cgroup's pids.max)")(
+            Errno::from_raw(errno),
+        )),
+    }
+}
+
 /// Runs code of the application: a panic of it is counted, and goes no further.
 pub(crate) fn contain<T>(shared: &EngineShared, code: impl FnOnce() -> T) -> Option<T> {
     let outcome = catch_unwind(AssertUnwindSafe(code));
@@ -84,7 +140,7 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     // so see first whether there is room for both stacks, and let each thread have mapped them before the next looks.
     drop(MmapMut::map_anon(STACK_BYTES + SIGNAL_STACK_BYTES).map_err(Error::io("mmap for the stack of a thread"))?);
     let mut blocked = SigSet::all();
-    if !matches!(role, Role::Fault | Role::Guard) {
+    if role != Role::Fault {
         SYNCHRONOUS.into_iter().for_each(|signal| blocked.remove(signal));
     }
     let mut before = SigSet::empty();
