@@ -772,3 +772,29 @@ fn the_last_process_to_detach_fires_the_callback() {
         }
     });
 }
+
+/// T53: a fork while other threads start and end: the standard library's lock on what it knows of its threads may be held
+/// at that moment, and is never released in the child.
+#[test]
+fn forks_while_other_threads_start_and_end_come_back() {
+    alone("forks_while_other_threads_start_and_end_come_back", || {
+        let engine = Engine::new().unwrap();
+        let vmap = engine.vmap(&pages(4)).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let forking = AtomicBool::new(true);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while forking.load(Ordering::Acquire) {
+                        std::thread::spawn(|| {}).join().unwrap();
+                    }
+                });
+            }
+            for _ in 0..400 {
+                reap_ok(child(|| assert_eq!(touch::read(at(&region, 2)), Ok(mark(2)))));
+            }
+            forking.store(false, Ordering::Release);
+        });
+        settled(&engine, &vmap, 1);
+    });
+}

@@ -62,7 +62,8 @@ fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
         let other = engine.vmap(&gated.list(64)).unwrap();
         for _ in 0..20 {
             gated.shut();
-            let region = slow.attach(&AttachOptions::new()).unwrap();
+            // Where nobody else maps anything: the address must be free again for the newer area.
+            let region = slow.attach(&AttachOptions::new().at(0x1000_0000_0000)).unwrap();
             let (addr, len) = (region.as_ptr() as usize, region.len_bytes());
             let thread = std::thread::spawn(move || touch::read((addr + page_size()) as *const u8));
             eventually("the read has begun", || engine.stats().worker_reads > 0);
