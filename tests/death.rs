@@ -9,27 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kiomap::{AttachOptions, Engine, Region, Shutdown, Vmap, page_size};
+use kiomap::{AttachOptions, Engine, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
-use support::scene::{GatedSource, Rng, Told, areas_of, child, kill_and_reap, sourced_pages};
+use support::scene::{GatedSource, Rng, Told, areas_of, at, child, kill_and_reap, settled, sourced_pages};
 use support::{alone, eventually, mark, open_descriptors, pages, reap, reap_ok, threads, touch};
 
 /// How soon a fault of a process whose engine has gone must be answered.
 const PROMPT: Duration = Duration::from_secs(1);
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
-}
-
-#[track_caller]
-fn settled(engine: &Engine, vmap: &Vmap, refcount: usize) {
-    eventually("the children are counted out", || {
-        engine.settle().unwrap();
-        engine.spaces().unwrap().len() == 1 && vmap.refcount().unwrap() == refcount
-    });
-}
 
 /// A touch that must be refused by SIGBUS, promptly: neither a zero page nor a sleep.
 #[track_caller]

@@ -8,12 +8,8 @@ use std::time::{Duration, Instant};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, PageSource, Region, Revoke, Shutdown, page_size};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use support::scene::{GatedSource, Rng, Told, child, kill_and_reap, sourced_pages};
+use support::scene::{GatedSource, Rng, Told, at, child, kill_and_reap, sourced_pages};
 use support::{alone, eventually, mark, pages, touch};
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
-}
 
 /// An engine that brings one page for one fault.
 fn single() -> Engine {

@@ -12,21 +12,8 @@ use kiomap::{AttachOptions, Engine, PageSource, Region, Shutdown, Vmap, page_siz
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Pid, getpid};
-use support::scene::{Rng, Told, areas_of, child, fill_marks, sourced_pages};
+use support::scene::{Rng, Told, areas_of, at, child, fill_marks, settled, sourced_pages};
 use support::{alone, eventually, mark, open_descriptors, pages, reap_ok, threads, touch};
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
-}
-
-/// Waits until only the engine's own process is left and the count is what it says it is.
-#[track_caller]
-fn settled(engine: &Engine, vmap: &Vmap, refcount: usize) {
-    eventually("the children are counted out", || {
-        engine.settle().unwrap();
-        engine.spaces().unwrap().len() == 1 && vmap.refcount().unwrap() == refcount
-    });
-}
 
 /// T49: up to 16 processes share a heap: each sees what the others write, and each area of each is counted.
 #[test]
@@ -651,35 +638,6 @@ fn siblings_forked_at_the_same_moment_do_not_hide_each_others_end() {
             }
             settled(&engine, &vmap, 1);
         }
-    });
-}
-
-/// A child that closes every descriptor that it does not know, as daemons do, is served and counted until its end.
-#[test]
-fn a_child_that_closes_all_descriptors_is_served_and_counted() {
-    alone("a_child_that_closes_all_descriptors_is_served_and_counted", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
-        let vmap = engine.vmap(&pages(64)).unwrap();
-        let region = vmap.attach(&AttachOptions::new()).unwrap();
-        let page = region.as_ptr() as usize;
-        let pid = child(|| {
-            // SAFETY: a plain system call; nothing of this process uses the descriptors afterwards.
-            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
-            for n in 0..32 {
-                assert_eq!(touch::read((page + n * page_size()) as *const u8), Ok(mark(n as u64)));
-            }
-            // SAFETY: standard output stays open.
-            nix::unistd::write(unsafe { std::os::fd::BorrowedFd::borrow_raw(1) }, b"served\n").unwrap();
-            // SAFETY: the process stops itself; nothing of it is shared.
-            unsafe { libc::raise(libc::SIGSTOP) };
-        });
-        let flags = nix::sys::wait::WaitPidFlag::WUNTRACED;
-        let stopped = nix::sys::wait::waitpid(pid, Some(flags)).unwrap();
-        assert!(matches!(stopped, nix::sys::wait::WaitStatus::Stopped(..)), "{stopped:?}");
-        engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 2);
-        support::scene::kill_and_reap(pid);
-        settled(&engine, &vmap, 1);
     });
 }
 

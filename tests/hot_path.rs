@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, Region, Revoke, page_size};
-use support::scene::{Rng, child};
+use support::scene::{Rng, at, child};
 use support::{alone, mark, pages, reap_ok, touch};
 
 /// The thread that is watched; 0 when none is.
@@ -79,10 +79,6 @@ fn watching(engine: &Engine, body: impl FnOnce()) -> (u64, u64) {
     engine.settle().unwrap();
     WATCHED.store(0, Ordering::Relaxed);
     (ALLOCATIONS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed))
-}
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
 }
 
 fn touch_all(region: &Region, nr_pages: u64) {

@@ -12,12 +12,8 @@ use kiomap::{AttachOptions, Engine, OpenWay, Region, Shutdown, page_size};
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::getpid;
-use support::scene::{GatedSource, child, sourced_pages};
+use support::scene::{GatedSource, at, child, sourced_pages};
 use support::{alone, eventually, mark, pages, reap_ok, touch};
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
-}
 
 /// The bytes of some pages, for the kernel to read; the compiler is told nothing of them.
 fn bytes(region: &Region, page: u64, nr_pages: usize) -> &[u8] {

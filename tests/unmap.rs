@@ -7,15 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kiomap::{AttachOptions, Engine, Region, page_size};
-use support::scene::{GatedSource, Rng, areas_of, child, sourced_pages};
+use support::scene::{GatedSource, Rng, areas_of, at, child, sourced_pages};
 use support::{alone, eventually, mark, pages, reap_ok, touch};
 
 /// How soon a thread that waits for a page that is unmapped must be told.
 const PROMPT: Duration = Duration::from_secs(1);
-
-fn at(region: &Region, page: u64) -> *mut u8 {
-    region.as_ptr().wrapping_add(page as usize * page_size())
-}
 
 fn munmap(addr: *mut u8, pages: usize) {
     // SAFETY: the tests unmap ranges to which nothing refers.
@@ -62,7 +58,8 @@ fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
         let other = engine.vmap(&gated.list(64)).unwrap();
         for _ in 0..20 {
             gated.shut();
-            let region = slow.attach(&AttachOptions::new()).unwrap();
+            // Where nobody else maps anything: the address must be free again for the newer area.
+            let region = slow.attach(&AttachOptions::new().at(0x1000_0000_0000)).unwrap();
             let (addr, len) = (region.as_ptr() as usize, region.len_bytes());
             let thread = std::thread::spawn(move || touch::read((addr + page_size()) as *const u8));
             eventually("the read has begun", || engine.stats().worker_reads > 0);

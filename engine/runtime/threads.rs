@@ -87,7 +87,7 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     // so see first whether there is room for both stacks, and let each thread have mapped them before the next looks.
     drop(MmapMut::map_anon(STACK_BYTES + SIGNAL_STACK_BYTES).map_err(Error::io("mmap for the stack of a thread"))?);
     let mut blocked = SigSet::all();
-    if !matches!(role, Role::Fault | Role::Guard) {
+    if role != Role::Fault {
         SYNCHRONOUS.into_iter().for_each(|signal| blocked.remove(signal));
     }
     let mut before = SigSet::empty();
@@ -113,7 +113,9 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
 /// Not by the standard library: it keeps a record of its threads behind a lock, which another thread of the parent may
 /// have held at the fork, and which nobody then releases in the child.
 pub(crate) fn spawn_in_child(role: Role, engine: u64, body: impl FnOnce() + Send + 'static) -> Result<()> {
-    let failed = |errno| Error::sys("pthread_create in a forked child")(Errno::from_raw(errno));
+    let failed = |errno| {
+        Error::sys("pthread_create in a forked child (RLIMIT_NPROC, or the cgroup's pids.max)")(Errno::from_raw(errno))
+    };
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), Some(&mut before))
         .map_err(Error::sys("blocking signals for a thread of the engine"))?;

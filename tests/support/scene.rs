@@ -6,12 +6,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiomap::{Kiobuf, PageSource, page_size};
+use kiomap::{Engine, Kiobuf, PageSource, Region, Vmap, page_size};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
-use super::{DEADLINE, fork_child, mark, reap};
+use super::{DEADLINE, eventually, fork_child, mark, reap};
 
 /// As [`fork_child`], but the kernel ends the child at the deadline: alarms are not inherited.
 pub(crate) fn child(body: impl FnOnce()) -> Pid {
@@ -185,4 +185,18 @@ pub(crate) fn sourced_pages(nr_pages: u64) -> Kiobuf {
     let source = GatedSource::new();
     source.open();
     source.list(nr_pages)
+}
+
+/// The address of a page of a region.
+pub(crate) fn at(region: &Region, page: u64) -> *mut u8 {
+    region.as_ptr().wrapping_add(page as usize * page_size())
+}
+
+/// Waits until only the engine's own process is left and the count is what it says it is.
+#[track_caller]
+pub(crate) fn settled(engine: &Engine, vmap: &Vmap, refcount: usize) {
+    eventually("the children are counted out", || {
+        engine.settle().unwrap();
+        engine.spaces().unwrap().len() == 1 && vmap.refcount().unwrap() == refcount
+    });
 }
