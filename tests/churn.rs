@@ -85,3 +85,32 @@ fn an_unmap_of_very_many_areas_is_counted_when_it_has_settled() {
         assert_eq!(vmap.refcount().unwrap(), 0);
     });
 }
+
+/// U5: the same in a forked child, whose own drop of a region waits until all of it is counted. Nobody waits for ever.
+#[test]
+fn an_unmap_of_very_many_areas_in_a_child_is_counted_when_a_drop_returns() {
+    alone("an_unmap_of_very_many_areas_in_a_child_is_counted_when_a_drop_returns", || {
+        const AREAS: usize = 3000;
+        let engine = Engine::new().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_zero(1).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let base: usize = 0x1000_0000_0000;
+        let mut regions: Vec<_> =
+            (0..AREAS).map(|area| vmap.attach(&AttachOptions::new().at(base + area * page_size())).unwrap()).collect();
+        support::reap_ok(support::fork_child(|| {
+            nix::unistd::alarm::set(support::DEADLINE.as_secs() as u32);
+            assert_eq!(vmap.refcount().unwrap(), 2 * AREAS);
+            let kept = regions.pop().unwrap();
+            regions.drain(..).for_each(std::mem::forget);
+            let len = (AREAS - 1) * page_size();
+            // SAFETY: exactly the range of the regions that were forgotten; nothing refers to it.
+            assert_eq!(unsafe { libc::munmap(base as *mut libc::c_void, len) }, 0);
+            drop(kept);
+            assert_eq!(vmap.refcount().unwrap(), AREAS);
+        }));
+        drop(regions);
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 0);
+    });
+}

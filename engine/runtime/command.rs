@@ -46,8 +46,9 @@ pub(crate) enum Command {
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
-    /// Answers when everything read so far is done.
-    Barrier { reply: Ticket<()> },
+    /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
+    /// for that: the keeper, which makes room for posts, may be the asker.
+    Barrier { reply: Ticket<bool> },
     /// From now on every fault is answered by SIGBUS; the thread ends when no area is left.
     Retire { reply: Ticket<()> },
     /// Panics, to test what happens then.

@@ -332,7 +332,10 @@ impl Engine {
         if threads::current_role(self.shared.id) == Some(Role::Keeper) {
             return Err(Error::WouldDeadlock { what: "settling counts", thread: "keeper" });
         }
-        self.shared.handler.ask(|reply| Command::Barrier { reply })?;
+        while !self.shared.handler.ask(|reply| Command::Barrier { reply })? {
+            // The keeper makes room for the posts that found none.
+            std::thread::yield_now();
+        }
         super::call::call(|reply| self.shared.keeper.send(Request::Settle { reply })).ok_or(Error::Shutdown)
     }
 

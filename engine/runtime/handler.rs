@@ -367,7 +367,6 @@ impl Handler {
                 let uffd = self.index_of(*space).and_then(|index| self.spaces[index].uffd.as_ref());
                 uffd.is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
             }
-            Command::Barrier { .. } => !self.unsent.is_empty(),
             _ => false,
         };
         if early {
@@ -453,7 +452,7 @@ impl Handler {
                 drop(contents);
                 reply.answer(());
             }
-            Command::Barrier { reply } => reply.answer(()),
+            Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {
                 self.retired = true;
                 self.abandon_reads();

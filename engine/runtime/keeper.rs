@@ -215,10 +215,7 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
-            Ask::Sync => self.shared.handler.ask(|reply| Command::Barrier { reply }).map(|()| {
-                self.count_posts();
-                (Reply::Done, None)
-            }),
+            Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
                 None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
@@ -267,6 +264,18 @@ impl Keeper {
         let watched = self.epoll.0.add(&*pidfd, EpollEvent::new(EpollFlags::EPOLLIN, pidfd_token(space)));
         // Without it the greeting is refused.
         peer.pidfd = watched.is_ok().then_some(pidfd);
+    }
+
+    /// Counts everything that the fault-handling thread has read by now.
+    fn sync(&mut self) -> Result<()> {
+        loop {
+            let all_posted = self.shared.handler.ask(|reply| Command::Barrier { reply })?;
+            // Makes room for the posts that found none.
+            self.count_posts();
+            if all_posted {
+                return Ok(());
+            }
+        }
     }
 
     /// Attaches an area that a child has mapped; `None` when a callback must run before.
