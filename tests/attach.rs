@@ -10,8 +10,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use support::touch::Refused;
 use support::{
-    alone, assert_sigbus, eventually, fork_child, in_page, mark, open_descriptors, pages, read_page, reap_ok,
-    settled_stats, source, threads, touch, vmap_mappings,
+    alone, assert_sigbus, engine_builder, eventually, fork_child, in_page, mark, open_descriptors, pages, read_page,
+    reap_ok, settled_stats, source, threads, touch, vmap_mappings,
 };
 
 fn whole() -> AttachOptions {
@@ -61,7 +61,7 @@ fn state(engine: &Engine, vmap: &Vmap) -> (usize, Vec<String>, usize, u64) {
 #[test]
 fn a_refused_attach_leaves_everything_as_it_was() {
     alone("a_refused_attach_leaves_everything_as_it_was", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let derefs = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&derefs);
         let on_deref = move |_: &Vmap| {
@@ -110,7 +110,7 @@ fn a_refused_attach_leaves_everything_as_it_was() {
 #[test]
 fn an_exact_attach_fits_or_is_refused() {
     alone("an_exact_attach_fits_or_is_refused", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         for (pgoff, len) in [(0, 4), (0, 1), (3, 1), (1, 3)] {
             let region = vmap.attach(&long(len).pgoff(pgoff).exact()).unwrap();
@@ -129,7 +129,7 @@ fn an_exact_attach_fits_or_is_refused() {
 #[test]
 fn two_engines_on_one_range_are_refused() {
     alone("two_engines_on_one_range_are_refused", || {
-        let (first, second) = (Engine::new().unwrap(), Engine::new().unwrap());
+        let (first, second) = (engine_builder().build().unwrap(), engine_builder().build().unwrap());
         let vmap = second.vmap(&pages(4)).unwrap();
         let region = first.vmap(&pages(4)).unwrap().attach(&whole()).unwrap();
         let start = region.as_ptr() as usize;
@@ -149,7 +149,7 @@ fn two_engines_on_one_range_are_refused() {
 #[test]
 fn every_mapping_is_shared() {
     alone("every_mapping_is_shared", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let _regions =
             [whole(), whole().read_only(), long(9), whole().inherit(false)].map(|o| vmap.attach(&o).unwrap());
@@ -174,7 +174,7 @@ fn every_mapping_is_shared() {
 #[test]
 fn locked_future_memory_shows_no_zero_page() {
     alone("locked_future_memory_shows_no_zero_page", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(40)).unwrap();
         if let Err(errno) = mlockall(MlockAllFlags::MCL_FUTURE) {
             skip!("mlockall: {errno}");
@@ -197,7 +197,7 @@ fn locked_future_memory_shows_no_zero_page() {
 fn everything_is_refused_after_a_shutdown() {
     alone("everything_is_refused_after_a_shutdown", || {
         for how in [Shutdown::Poison, Shutdown::Fill] {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let vmap = engine.vmap_builder(&pages(2)).expandable().build().unwrap();
             let region = vmap.attach(&whole()).unwrap();
             engine.shutdown(how).unwrap();
@@ -230,11 +230,11 @@ fn everything_is_refused_after_a_shutdown() {
 fn a_region_outlives_its_engine() {
     alone("a_region_outlives_its_engine", || {
         // The first engine of a process makes what every later one shares.
-        drop(Engine::new().unwrap());
+        drop(engine_builder().build().unwrap());
         let fds = open_descriptors();
         for how in [Some(Shutdown::Poison), Some(Shutdown::Fill), None] {
             for list in [pages(100), source(100, |_, _| Ok(()))] {
-                let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+                let engine = engine_builder().fault_around_pages(1).build().unwrap();
                 let derefs = Arc::new(AtomicUsize::new(0));
                 let counted = Arc::clone(&derefs);
                 let list = Kiobuf::concat(&[list, support::holes(1)]).unwrap();
@@ -273,7 +273,7 @@ fn a_region_outlives_its_engine() {
 #[test]
 fn a_leaked_region_is_still_counted() {
     alone("a_leaked_region_is_still_counted", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(3)).unwrap();
         let region = vmap.attach(&whole()).unwrap();
         let at = in_page(&region, 2);
@@ -293,7 +293,7 @@ fn a_leaked_region_is_still_counted() {
 fn whole_lives_leave_nothing() {
     alone("whole_lives_leave_nothing", || {
         let life = |cycle: u64| {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let list = if cycle.is_multiple_of(2) { pages(20) } else { source(20, |_, _| Ok(())) };
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&long(21)).unwrap();
@@ -338,7 +338,7 @@ fn whole_lives_leave_nothing() {
 #[test]
 fn attaches_and_detaches_of_many_threads_do_not_meet() {
     alone("attaches_and_detaches_of_many_threads_do_not_meet", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmaps = [engine.vmap(&pages(33)).unwrap(), engine.vmap(&source(33, |_, _| Ok(()))).unwrap()];
         std::thread::scope(|scope| {
             for thread in 0..8_u64 {
@@ -363,7 +363,7 @@ fn attaches_and_detaches_of_many_threads_do_not_meet() {
 fn memory_that_was_a_region_may_be_a_source() {
     alone("memory_that_was_a_region_may_be_a_source", || {
         const BYTES: usize = 1 << 20;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(BYTES as u64 / page_size() as u64)).unwrap();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -392,7 +392,7 @@ fn memory_that_was_a_region_may_be_a_source() {
 #[test]
 fn a_late_answer_does_not_hit_the_next_region() {
     alone("a_late_answer_does_not_hit_the_next_region", || {
-        let engine = Engine::builder().workers(2).build().unwrap();
+        let engine = engine_builder().workers(2).build().unwrap();
         let fast = engine.vmap(&pages(32)).unwrap();
         for round in 0..400_u32 {
             // Each read fails after a while that differs from round to round.
@@ -443,7 +443,7 @@ fn a_late_answer_does_not_hit_the_next_region() {
 #[test]
 fn a_drop_frees_the_threads_that_wait() {
     alone("a_drop_frees_the_threads_that_wait", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (stuck, waiting) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
         let (still, came) = (Arc::clone(&stuck), Arc::clone(&waiting));
         let list = source(64, move |_, _| {
@@ -472,11 +472,11 @@ fn a_drop_frees_the_threads_that_wait() {
 #[test]
 fn a_shutdown_races_attaches_and_touches() {
     alone("a_shutdown_races_attaches_and_touches", || {
-        drop(Engine::new().unwrap());
+        drop(engine_builder().build().unwrap());
         let fds = open_descriptors();
         for round in 0..60_u64 {
             let how = if round.is_multiple_of(2) { Shutdown::Poison } else { Shutdown::Fill };
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let list = if round % 4 < 2 { pages(64) } else { source(64, |_, _| Ok(())) };
             let (balance, touched) = (Arc::new(Mutex::new(0_i32)), AtomicU64::new(0));
             let ended = Arc::clone(&balance);
@@ -518,7 +518,7 @@ fn a_shutdown_races_attaches_and_touches() {
 #[test]
 fn a_childs_attach_goes_on_after_the_owners_transition() {
     alone("a_childs_attach_goes_on_after_the_owners_transition", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(3)).unwrap();
         let (out, into) = nix::unistd::pipe().unwrap();
         let child = fork_child(|| {

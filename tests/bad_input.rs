@@ -11,8 +11,8 @@ use kiomap::{AttachOptions, Engine, Error, Kiobuf, Region, page_size};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use support::{
-    alone, assert_sigbus, eventually, fork_child, mark, open_descriptors, pages, read_page, reap_ok, settled_stats,
-    threads, vmap_mappings,
+    alone, assert_sigbus, engine_builder, eventually, fork_child, mark, open_descriptors, pages, read_page, reap_ok,
+    settled_stats, threads, vmap_mappings,
 };
 
 /// A file of [`mark`]ed pages.
@@ -44,7 +44,7 @@ fn a_file_that_is_truncated_is_sigbus_where_it_is_gone() {
     alone("a_file_that_is_truncated_is_sigbus_where_it_is_gone", || {
         const PAGES: u64 = 40;
         for mapped in [false, true] {
-            let engine = Engine::builder().fault_around_pages(4).build().unwrap();
+            let engine = engine_builder().fault_around_pages(4).build().unwrap();
             let file = file_of(PAGES);
             let mut list = Kiobuf::new();
             if mapped {
@@ -77,7 +77,7 @@ fn a_file_that_is_truncated_is_sigbus_where_it_is_gone() {
 #[test]
 fn a_page_of_which_half_is_gone_is_sigbus() {
     alone("a_page_of_which_half_is_gone_is_sigbus", || {
-        let (engine, file) = (Engine::new().unwrap(), file_of(4));
+        let (engine, file) = (engine_builder().build().unwrap(), file_of(4));
         let mut list = Kiobuf::new();
         list.map_file(&file, 0..4 * page_size() as u64).unwrap();
         let region = attach(&engine, &list);
@@ -123,19 +123,19 @@ fn files_that_cant_be_read_are_refused() {
 fn settings_out_of_range_are_refused() {
     alone("settings_out_of_range_are_refused", || {
         for builder in [
-            Engine::builder().workers(0),
-            Engine::builder().workers(kiomap::WORKERS_MAX + 1),
-            Engine::builder().fault_around_pages(0),
-            Engine::builder().fault_around_pages(kiomap::FAULT_AROUND_MAX_PAGES + 1),
-            Engine::builder().handler_cpu(usize::MAX),
+            engine_builder().workers(0),
+            engine_builder().workers(kiomap::WORKERS_MAX + 1),
+            engine_builder().fault_around_pages(0),
+            engine_builder().fault_around_pages(kiomap::FAULT_AROUND_MAX_PAGES + 1),
+            engine_builder().handler_cpu(usize::MAX),
         ] {
             let refused = builder.build().unwrap_err();
             assert!(matches!(refused, Error::Invalid { .. }), "{refused}");
         }
-        let refused = Engine::builder().open_ways(&[]).build().unwrap_err();
+        let refused = engine_builder().open_ways(&[]).build().unwrap_err();
         assert!(matches!(refused, Error::Open(_)), "{refused}");
         assert_eq!(refused.errno(), Errno::EINVAL);
-        let engine = Engine::builder().workers(kiomap::WORKERS_MAX).fault_around_pages(512).build().unwrap();
+        let engine = engine_builder().workers(kiomap::WORKERS_MAX).fault_around_pages(512).build().unwrap();
         assert_eq!(read_page(&attach(&engine, &pages(3)), 1), Ok(mark(1)));
     });
 }
@@ -143,7 +143,7 @@ fn settings_out_of_range_are_refused() {
 /// Everything that takes a descriptor, memory or a thread, from first to last; how far it came.
 fn life(file: &File) -> Result<(), (usize, Error)> {
     let at = |stage| move |error| (stage, error);
-    let engine = Engine::builder().workers(2).build().map_err(at(0))?;
+    let engine = engine_builder().workers(2).build().map_err(at(0))?;
     let mut list = Kiobuf::new();
     list.map_file(file, 0..20 * page_size() as u64).map_err(at(1))?;
     let vmap = engine.vmap(&list).map_err(at(2))?;
@@ -199,7 +199,7 @@ fn address_space() -> u64 {
 #[test]
 fn running_out_of_address_space_is_an_error_of_the_attach() {
     alone("running_out_of_address_space_is_an_error_of_the_attach", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(64)).unwrap();
         drop(vmap.attach(&AttachOptions::new()).unwrap());
         // What the allocator needs meanwhile it has.
@@ -230,7 +230,7 @@ fn running_out_of_address_space_is_an_error_of_the_attach() {
 #[test]
 fn running_out_of_address_space_is_an_error_of_the_build() {
     alone("running_out_of_address_space_is_an_error_of_the_build", || {
-        drop(Engine::new().unwrap());
+        drop(engine_builder().build().unwrap());
         let fds = open_descriptors();
         let mut outcomes = [0; 2];
         // What the allocator needs meanwhile it has.
@@ -239,7 +239,7 @@ fn running_out_of_address_space_is_an_error_of_the_build() {
         drop(spare);
         for extra in (0..400).step_by(4) {
             let limit = address_space() + extra * page_size() as u64;
-            let built = limited(Resource::RLIMIT_AS, limit, || Engine::builder().workers(1).build());
+            let built = limited(Resource::RLIMIT_AS, limit, || engine_builder().workers(1).build());
             outcomes[usize::from(built.is_ok())] += 1;
             if let Err(error) = built.map(drop) {
                 // A thread for which there is no memory is EAGAIN.
@@ -256,7 +256,7 @@ fn running_out_of_address_space_is_an_error_of_the_build() {
 fn running_out_of_threads_is_an_error_at_every_step() {
     alone("running_out_of_threads_is_an_error_at_every_step", || {
         const NOBODY: u32 = 65534;
-        drop(Engine::new().unwrap());
+        drop(engine_builder().build().unwrap());
         if nix::unistd::geteuid().is_root() {
             // Root has no such limit.
             nix::unistd::setresgid(NOBODY.into(), NOBODY.into(), NOBODY.into()).unwrap();
@@ -268,7 +268,7 @@ fn running_out_of_threads_is_an_error_at_every_step() {
         let fds = open_descriptors();
         let (mut refused, mut built) = (0, 0);
         for limit in 0..5000 {
-            match limited(Resource::RLIMIT_NPROC, limit, || Engine::builder().workers(2).build()) {
+            match limited(Resource::RLIMIT_NPROC, limit, || engine_builder().workers(2).build()) {
                 Ok(engine) => {
                     assert_eq!(read_page(&attach(&engine, &pages(3)), 2), Ok(mark(2)));
                     built += 1;
@@ -293,7 +293,7 @@ fn running_out_of_threads_is_an_error_at_every_step() {
 fn a_list_beyond_the_file_size_limit_is_an_error() {
     alone("a_list_beyond_the_file_size_limit_is_an_error", || {
         reap_ok(fork_child(|| {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let small = engine.vmap_builder(&pages(1)).expandable().build().unwrap();
             limited(Resource::RLIMIT_FSIZE, 2 * page_size() as u64, || {
                 for refused in [engine.vmap(&pages(3)).map(drop), small.expand(&pages(2))] {

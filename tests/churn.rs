@@ -5,15 +5,15 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kiomap::{AttachOptions, Engine, Kiobuf, page_size};
-use support::{alone, mark, pages, touch};
+use kiomap::{AttachOptions, Kiobuf, page_size};
+use support::{alone, engine_builder, mark, pages, touch};
 
 /// U5, T45: threads that attach, touch and drop at once are given each other's addresses before the kernel has reported
 /// that they are free. No attach is refused for that, each region is served, and the count ends at zero.
 #[test]
 fn regions_that_take_over_addresses_are_served_and_counted() {
     alone("regions_that_take_over_addresses_are_served_and_counted", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4 {
@@ -39,7 +39,7 @@ fn regions_that_take_over_addresses_are_served_and_counted() {
 #[test]
 fn a_dangling_touch_does_not_spoil_the_next_region() {
     alone("a_dangling_touch_does_not_spoil_the_next_region", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         // Far from where the kernel puts what asks for no address.
         let place: usize = 0x1100_0000_0000;
         let end = Arc::new(AtomicBool::new(false));
@@ -68,7 +68,7 @@ fn a_dangling_touch_does_not_spoil_the_next_region() {
 fn an_unmap_of_very_many_areas_is_counted_when_it_has_settled() {
     alone("an_unmap_of_very_many_areas_is_counted_when_it_has_settled", || {
         const AREAS: usize = 3000;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut list = Kiobuf::new();
         list.map_zero(1).unwrap();
         let vmap = engine.vmap(&list).unwrap();
@@ -91,7 +91,7 @@ fn an_unmap_of_very_many_areas_is_counted_when_it_has_settled() {
 fn an_unmap_of_very_many_areas_in_a_child_is_counted_when_a_drop_returns() {
     alone("an_unmap_of_very_many_areas_in_a_child_is_counted_when_a_drop_returns", || {
         const AREAS: usize = 3000;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut list = Kiobuf::new();
         list.map_zero(1).unwrap();
         let vmap = engine.vmap(&list).unwrap();

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kiomap::{AttachOptions, Engine, Shutdown, Vmap, page_size};
+use kiomap::{AttachOptions, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use support::scene::{GatedSource, Rng, Told, areas_of, at, child, kill_and_reap, settled, sourced_pages};
-use support::{alone, eventually, mark, open_descriptors, pages, reap, reap_ok, threads, touch};
+use support::{alone, engine_builder, eventually, mark, open_descriptors, pages, reap, reap_ok, threads, touch};
 
 /// How soon a fault of a process whose engine has gone must be answered.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ fn refused_promptly(addr: *const u8) {
 fn children_killed_in_the_middle_of_their_faults_leave_every_count_right() {
     alone("children_killed_in_the_middle_of_their_faults_leave_every_count_right", || {
         const PAGES: u64 = 256;
-        let engine = Engine::builder().fault_around_pages(2).build().unwrap();
+        let engine = engine_builder().fault_around_pages(2).build().unwrap();
         let (fds, nr_threads) = (open_descriptors(), threads().len());
         let mut rng = Rng::new(20_000);
         let derefs = Arc::new(AtomicUsize::new(0));
@@ -86,7 +86,7 @@ fn children_killed_in_the_middle_of_their_faults_leave_every_count_right() {
 #[test]
 fn every_way_to_end_a_process_counts_it_out() {
     alone("every_way_to_end_a_process_counts_it_out", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(64)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -131,7 +131,7 @@ fn every_way_to_end_a_process_counts_it_out() {
 #[test]
 fn an_exec_while_other_threads_are_blocked_in_faults_goes_through() {
     alone("an_exec_while_other_threads_are_blocked_in_faults_goes_through", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -167,7 +167,7 @@ enum End {
 fn child_fails_closed_after(end: End) {
     let [started, ended, gone, done, bye] = std::array::from_fn(|_| Told::new());
     let owner = child(|| {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let slow = engine.vmap(&gated.list(4)).unwrap().attach(&AttachOptions::new()).unwrap();
         let vmap = engine.vmap(&pages(16)).unwrap();
@@ -273,7 +273,7 @@ fn an_owner_killed_in_the_middle_of_serving_leaves_right_bytes_or_sigbus() {
         for round in 0..60 {
             let (started, outcome) = (Told::new(), Told::new());
             let owner = child(|| {
-                let engine = Engine::builder().fault_around_pages(1 + round % 3).build().unwrap();
+                let engine = engine_builder().fault_around_pages(1 + round % 3).build().unwrap();
                 let list = if round % 2 == 0 { pages(PAGES) } else { sourced_pages(PAGES) };
                 let vmap = engine.vmap(&list).unwrap();
                 let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -315,7 +315,7 @@ fn an_owner_killed_in_the_middle_of_serving_leaves_right_bytes_or_sigbus() {
 #[test]
 fn a_shutdown_answers_blocked_faults_by_sigbus() {
     alone("a_shutdown_answers_blocked_faults_by_sigbus", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(32)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -349,7 +349,7 @@ fn a_shutdown_that_fills_refuses_no_page_that_can_be_had() {
     alone("a_shutdown_that_fills_refuses_no_page_that_can_be_had", || {
         const PAGES: u64 = 256;
         for round in 0..20 {
-            let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
             let list = if round % 2 == 0 { pages(PAGES) } else { sourced_pages(PAGES) };
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -378,7 +378,7 @@ fn an_abort_with_missing_pages_and_a_core_to_write_ends() {
         std::env::set_current_dir(dir.path()).unwrap();
         let (_, hard) = getrlimit(Resource::RLIMIT_CORE).unwrap();
         setrlimit(Resource::RLIMIT_CORE, hard, hard).unwrap();
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(64)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -387,7 +387,7 @@ fn an_abort_with_missing_pages_and_a_core_to_write_ends() {
             let told = Told::new();
             let pid = child(|| {
                 let own = owner.then(|| {
-                    let engine = Engine::new().unwrap();
+                    let engine = engine_builder().build().unwrap();
                     let region = engine.vmap(&gated.list(64)).unwrap().attach(&AttachOptions::new()).unwrap();
                     (engine, region)
                 });
@@ -418,7 +418,7 @@ fn an_abort_with_missing_pages_and_a_core_to_write_ends() {
 fn an_exit_with_a_thread_blocked_in_a_fault_ends_the_process() {
     alone("an_exit_with_a_thread_blocked_in_a_fault_ends_the_process", || {
         reap_ok(child(|| {
-            let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
             let gated = GatedSource::new();
             let vmap = engine.vmap(&gated.list(8)).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -443,7 +443,7 @@ fn an_exit_with_a_thread_blocked_in_a_fault_ends_the_process() {
 #[test]
 fn a_stopped_child_holds_nobody_up() {
     alone("a_stopped_child_holds_nobody_up", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(64)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let told = Told::new();
@@ -470,7 +470,7 @@ fn a_stopped_child_holds_nobody_up() {
 #[test]
 fn children_killed_in_attaches_and_detaches_leave_every_count_right() {
     alone("children_killed_in_attaches_and_detaches_leave_every_count_right", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(16)).unwrap();
         let mut rng = Rng::new(5);
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -508,7 +508,7 @@ fn an_exit_status_is_not_changed_by_the_engine() {
     alone("an_exit_status_is_not_changed_by_the_engine", || {
         for code in [0, 7, 101] {
             let pid = child(|| {
-                let engine = Engine::new().unwrap();
+                let engine = engine_builder().build().unwrap();
                 let region = engine.vmap(&sourced_pages(8)).unwrap().attach(&AttachOptions::new()).unwrap();
                 assert_eq!(touch::read(at(&region, 3)), Ok(mark(3)));
                 std::process::exit(code);
@@ -525,7 +525,7 @@ fn an_exit_status_is_not_changed_by_the_engine() {
 #[test]
 fn a_raw_clone_that_lives_on_does_not_hide_a_shutdown() {
     alone("a_raw_clone_that_lives_on_does_not_hide_a_shutdown", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let (started, gone) = (Told::new(), Told::new());

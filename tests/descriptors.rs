@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
-use kiomap::{AttachOptions, Engine, Region, Shutdown, page_size};
-use support::{alone, eventually, fork_child, mark, pages, reap_ok, touch};
+use kiomap::{AttachOptions, Region, Shutdown, page_size};
+use support::{alone, engine_builder, eventually, fork_child, mark, pages, reap_ok, touch};
 
 /// The address of byte 9 of a page of a region.
 fn at(region: &Region, page: usize) -> *mut u8 {
@@ -40,7 +40,7 @@ fn wait_for_end(end: &OwnedFd) {
 #[test]
 fn a_child_that_closes_everything_is_served_counted_and_guarded() {
     alone("a_child_that_closes_everything_is_served_counted_and_guarded", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         for ends_first in [false, true] {
@@ -83,7 +83,7 @@ fn a_child_that_closes_everything_is_served_counted_and_guarded() {
 #[test]
 fn files_under_recycled_numbers_survive_a_fork() {
     alone("files_under_recycled_numbers_survive_a_fork", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let child = fork_child(|| {
@@ -115,7 +115,7 @@ fn files_under_recycled_numbers_survive_a_fork() {
 #[test]
 fn the_guard_keeps_no_descriptor_of_the_application() {
     alone("the_guard_keeps_no_descriptor_of_the_application", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(1)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let (read_end, write_end) = pipe();

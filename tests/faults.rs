@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use kiomap::{AttachOptions, Engine, Kiobuf, PageSource, Region, Revoke, Shutdown, page_size};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use support::scene::{GatedSource, Rng, Told, at, child, kill_and_reap, sourced_pages};
-use support::{alone, eventually, mark, pages, touch};
+use support::{alone, engine_builder, eventually, mark, pages, touch};
 
 /// An engine that brings one page for one fault.
 fn single() -> Engine {
-    Engine::builder().fault_around_pages(1).build().unwrap()
+    engine_builder().fault_around_pages(1).build().unwrap()
 }
 
 /// T63: 32 threads on one page of a slow source: it is read once, and all of them see it.
@@ -194,7 +194,7 @@ fn a_burst_of_more_faults_than_one_read_returns_is_answered() {
 fn more_slow_faults_than_workers_and_buffers_all_come_back() {
     alone("more_slow_faults_than_workers_and_buffers_all_come_back", || {
         const THREADS: u64 = 64;
-        let engine = Engine::builder().fault_around_pages(4).workers(2).build().unwrap();
+        let engine = engine_builder().fault_around_pages(4).workers(2).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(4 * THREADS)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -244,7 +244,7 @@ fn a_page_that_arrives_after_a_revoke_is_not_shown() {
 #[test]
 fn a_process_that_dies_while_its_page_is_read_leaves_the_workers_usable() {
     alone("a_process_that_dies_while_its_page_is_read_leaves_the_workers_usable", || {
-        let engine = Engine::builder().fault_around_pages(1).workers(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).workers(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(64)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -383,7 +383,7 @@ impl Drop for Owner {
 fn what_a_list_keeps_alive_may_own_regions_and_the_engine() {
     alone("what_a_list_keeps_alive_may_own_regions_and_the_engine", || {
         for (in_flight, own_engine) in [(true, false), (true, true), (false, false), (false, true)] {
-            let engine = Arc::new(Engine::builder().fault_around_pages(1).workers(1).build().unwrap());
+            let engine = Arc::new(engine_builder().fault_around_pages(1).workers(1).build().unwrap());
             let other = engine.vmap(&pages(2)).unwrap();
             let told = Arc::new(Told::new());
             let gated = GatedSource::new();
@@ -442,7 +442,7 @@ impl Drop for PanicsOnDrop {
 #[test]
 fn a_source_that_panics_when_it_is_dropped_does_not_end_a_worker() {
     alone("a_source_that_panics_when_it_is_dropped_does_not_end_a_worker", || {
-        let engine = Engine::builder().fault_around_pages(1).workers(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).workers(1).build().unwrap();
         for _ in 0..4 {
             let (gated, dropped) = (GatedSource::new(), Arc::new(AtomicBool::new(false)));
             let mut list = Kiobuf::new();

@@ -8,19 +8,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiomap::{AttachOptions, Engine, PageSource, Region, Shutdown, Vmap, page_size};
+use kiomap::{AttachOptions, PageSource, Region, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Pid, getpid};
 use support::scene::{Rng, Told, areas_of, at, child, fill_marks, settled, sourced_pages};
-use support::{alone, eventually, mark, open_descriptors, pages, reap_ok, threads, touch};
+use support::{alone, engine_builder, eventually, mark, open_descriptors, pages, reap_ok, threads, touch};
 
 /// T49: up to 16 processes share a heap: each sees what the others write, and each area of each is counted.
 #[test]
 fn forked_processes_share_one_heap_and_each_area_is_counted() {
     alone("forked_processes_share_one_heap_and_each_area_is_counted", || {
         const CHILDREN: u64 = 15;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(CHILDREN + 2)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let second = vmap.attach(&AttachOptions::new().read_only().pgoff(1)).unwrap();
@@ -97,7 +97,7 @@ fn generation(depth: u32, vmap: &Vmap, inherited: &[Region], pids: &Region) {
 #[test]
 fn nested_forks_are_counted_and_served_to_the_fourth_generation() {
     alone("nested_forks_are_counted_and_served_to_the_fourth_generation", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(64)).unwrap();
         let slots = engine.vmap(&pages(1)).unwrap();
         let pids = slots.attach(&AttachOptions::new()).unwrap();
@@ -113,7 +113,7 @@ fn nested_forks_are_counted_and_served_to_the_fourth_generation() {
 #[test]
 fn a_child_that_detaches_attaches_and_forks_on_is_counted() {
     alone("a_child_that_detaches_attaches_and_forks_on_is_counted", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(40)).unwrap();
         let mut region = Some(vmap.attach(&AttachOptions::new()).unwrap());
         let (told, go) = (Told::new(), Told::new());
@@ -155,7 +155,7 @@ fn a_child_that_detaches_attaches_and_forks_on_is_counted() {
 #[test]
 fn a_page_that_a_child_touches_first_is_right_for_everyone() {
     alone("a_page_that_a_child_touches_first_is_right_for_everyone", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         for list in [pages(64), sourced_pages(64)] {
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -179,7 +179,7 @@ fn a_page_that_a_child_touches_first_is_right_for_everyone() {
 fn forks_while_threads_fault_lose_nothing() {
     alone("forks_while_threads_fault_lose_nothing", || {
         const PAGES: u64 = 2048;
-        let engine = Engine::builder().fault_around_pages(2).build().unwrap();
+        let engine = engine_builder().fault_around_pages(2).build().unwrap();
         for list in [pages(PAGES), sourced_pages(PAGES)] {
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -215,7 +215,7 @@ fn forks_while_threads_fault_lose_nothing() {
 #[test]
 fn a_command_changes_no_count() {
     alone("a_command_changes_no_count", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let before = open_descriptors();
@@ -241,7 +241,7 @@ fn a_command_changes_no_count() {
 #[test]
 fn a_region_that_is_not_inherited_is_no_memory_in_the_child() {
     alone("a_region_that_is_not_inherited_is_no_memory_in_the_child", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let kept = vmap.attach(&AttachOptions::new().inherit(false)).unwrap();
         let shared = vmap.attach(&AttachOptions::new()).unwrap();
@@ -276,7 +276,7 @@ fn fork_and_touch(region: &Region, page: u64) {
 #[test]
 fn a_fork_from_a_callback_is_served() {
     alone("a_fork_from_a_callback_is_served", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let other = engine.vmap(&pages(8)).unwrap();
         let region = Arc::new(other.attach(&AttachOptions::new()).unwrap());
         let forked = Told::new();
@@ -323,7 +323,7 @@ impl PageSource for Forking {
 #[test]
 fn a_fork_from_a_page_source_is_served() {
     alone("a_fork_from_a_page_source_is_served", || {
-        let engine = Engine::builder().fault_around_pages(1).workers(2).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).workers(2).build().unwrap();
         let memory = engine.vmap(&pages(8)).unwrap();
         let region = memory.attach(&AttachOptions::new()).unwrap();
         let source = Arc::new(Forking { region, outcome: AtomicUsize::new(0) });
@@ -379,7 +379,7 @@ impl Drop for ForkOnDrop {
 #[test]
 fn a_fork_from_a_guard_that_the_engine_drops_does_not_wait_for_itself() {
     alone("a_fork_from_a_guard_that_the_engine_drops_does_not_wait_for_itself", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let memory = engine.vmap(&pages(8)).unwrap();
         let region = Arc::new(memory.attach(&AttachOptions::new()).unwrap());
         let told = Arc::new(Told::new());
@@ -406,7 +406,7 @@ fn a_fork_from_a_guard_that_the_engine_drops_does_not_wait_for_itself() {
 #[test]
 fn a_child_without_descriptors_is_refused_and_not_counted() {
     alone("a_child_without_descriptors_is_refused_and_not_counted", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(64)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
@@ -458,7 +458,7 @@ fn a_fork_that_fails_changes_no_count() {
             nix::unistd::setuid(65533.into()).unwrap();
             nix::sys::prctl::set_dumpable(true).unwrap();
         }
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let derefs = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&derefs);
         let vmap = engine
@@ -502,7 +502,7 @@ fn a_fork_that_fails_changes_no_count() {
 fn fork_storms_among_attaches_detaches_and_faults_leave_nothing_behind() {
     alone("fork_storms_among_attaches_detaches_and_faults_leave_nothing_behind", || {
         const PAGES: u64 = 256;
-        let engine = Engine::builder().fault_around_pages(4).build().unwrap();
+        let engine = engine_builder().fault_around_pages(4).build().unwrap();
         let vmap = engine.vmap(&pages(PAGES)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let (fds, threads_before) = (open_descriptors(), threads().len());
@@ -551,7 +551,7 @@ fn fork_storms_among_attaches_detaches_and_faults_leave_nothing_behind() {
 #[test]
 fn a_region_attached_during_another_threads_fork_is_its_own_in_the_child() {
     alone("a_region_attached_during_another_threads_fork_is_its_own_in_the_child", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         // Each vmap has its own bytes, so that a stale mapping at a reused address shows.
         let vmaps: Vec<_> = (0..8u8)
             .map(|n| {
@@ -604,7 +604,7 @@ fn a_region_attached_during_another_threads_fork_is_its_own_in_the_child() {
 #[test]
 fn siblings_forked_at_the_same_moment_do_not_hide_each_others_end() {
     alone("siblings_forked_at_the_same_moment_do_not_hide_each_others_end", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         for _ in 0..30 {
@@ -645,11 +645,11 @@ fn siblings_forked_at_the_same_moment_do_not_hide_each_others_end() {
 #[test]
 fn a_child_has_its_own_engine_beside_the_inherited_one() {
     alone("a_child_has_its_own_engine_beside_the_inherited_one", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         reap_ok(child(|| {
-            let own_engine = Engine::builder().fault_around_pages(1).build().unwrap();
+            let own_engine = engine_builder().fault_around_pages(1).build().unwrap();
             let own_vmap = own_engine.vmap(&sourced_pages(8)).unwrap();
             let own = own_vmap.attach(&AttachOptions::new()).unwrap();
             assert_eq!(touch::read(at(&own, 2)), Ok(mark(2)));
@@ -681,7 +681,7 @@ fn a_child_in_another_pid_namespace_is_served_by_the_workers() {
         }
         // Process 1 of the first namespace: its workers have small ids.
         reap_ok(child(|| {
-            let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
             let vmap = engine.vmap(&sourced_pages(64)).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
             unshare(CloneFlags::CLONE_NEWPID).unwrap();
@@ -703,7 +703,7 @@ fn a_child_in_another_pid_namespace_is_served_by_the_workers() {
 #[test]
 fn the_last_process_to_detach_fires_the_callback() {
     alone("the_last_process_to_detach_fires_the_callback", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let derefs = Arc::new(Told::new());
         let fired = Arc::clone(&derefs);
         let vmap = engine.vmap_builder(&pages(4)).on_deref(move |_| fired.tell(9)).build().unwrap();
@@ -736,7 +736,7 @@ fn the_last_process_to_detach_fires_the_callback() {
 #[test]
 fn forks_while_other_threads_start_and_end_come_back() {
     alone("forks_while_other_threads_start_and_end_come_back", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let forking = AtomicBool::new(true);

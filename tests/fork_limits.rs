@@ -2,16 +2,16 @@
 
 mod support;
 
-use kiomap::{AttachOptions, Engine, Error};
+use kiomap::{AttachOptions, Error};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use support::{alone, fork_child, mark, open_descriptors, pages, reap_ok};
+use support::{alone, engine_builder, fork_child, mark, open_descriptors, pages, reap_ok};
 
 /// T58, T61: wherever in the fork the descriptors run out, parent and child go on, the count is right, and no descriptor
 /// is left behind.
 #[test]
 fn a_fork_short_of_descriptors_leaves_region_or_cause_and_no_trace() {
     alone("a_fork_short_of_descriptors_leaves_region_or_cause_and_no_trace", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(4)).unwrap();
         let areas = [0, 1].map(|_| vmap.attach(&AttachOptions::new()).unwrap());
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, Region, Revoke, page_size};
 use support::scene::{Rng, at, child};
-use support::{alone, mark, pages, reap_ok, touch};
+use support::{alone, engine_builder, mark, pages, reap_ok, touch};
 
 /// The thread that is watched; 0 when none is.
 static WATCHED: AtomicI32 = AtomicI32::new(0);
@@ -104,7 +104,7 @@ fn the_counting_allocator_sees_a_watched_thread() {
 #[test]
 fn faults_on_memory_allocate_nothing() {
     alone("faults_on_memory_allocate_nothing", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let region = engine.vmap(&pages(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
         assert_eq!(watching(&engine, || touch_all(&region, PAGES)), (0, 0));
         assert_eq!(engine.stats().faults, PAGES);
@@ -122,7 +122,7 @@ fn faults_on_a_cached_file_allocate_nothing() {
         }
         let mut list = Kiobuf::new();
         list.map_file(&file, 0..PAGES * page_size() as u64).unwrap();
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
         assert_eq!(watching(&engine, || touch_all(&region, PAGES)), (0, 0));
         assert_eq!(engine.stats().faults, PAGES);
@@ -133,7 +133,7 @@ fn faults_on_a_cached_file_allocate_nothing() {
 #[test]
 fn slow_faults_and_refused_ones_allocate_nothing() {
     alone("slow_faults_and_refused_ones_allocate_nothing", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let mut list = support::scene::sourced_pages(1000);
         let mut hole = Kiobuf::new();
         hole.map_hole(100).unwrap();
@@ -155,7 +155,7 @@ fn slow_faults_and_refused_ones_allocate_nothing() {
 #[test]
 fn events_and_commands_allocate_nothing() {
     alone("events_and_commands_allocate_nothing", || {
-        let engine = Engine::builder().fault_around_pages(2).build().unwrap();
+        let engine = engine_builder().fault_around_pages(2).build().unwrap();
         let vmap = engine.vmap_builder(&pages(64)).expandable().build().unwrap();
         let kept = vmap.attach(&AttachOptions::new()).unwrap();
         let watched = watching(&engine, || {
@@ -212,7 +212,7 @@ fn events_and_commands_allocate_nothing() {
 #[test]
 fn a_fault_by_itself_costs_one_read_and_one_copy() {
     alone("a_fault_by_itself_costs_one_read_and_one_copy", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let region = engine.vmap(&pages(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
         let before = engine.stats();
         touch_all(&region, PAGES);

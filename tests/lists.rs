@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kiomap::{Arena, AttachOptions, Engine, Error, Kiobuf, Region, page_size};
 use nix::errno::Errno;
-use support::{alone, assert_sigbus, holes, mark, pages, read_page, touch};
+use support::{alone, assert_sigbus, engine_builder, holes, mark, pages, read_page, touch};
 
 fn attach(engine: &Engine, list: &Kiobuf) -> Region {
     engine.vmap(list).unwrap().attach(&AttachOptions::new()).unwrap()
@@ -49,7 +49,7 @@ impl AsRef<[u8]> for Shifted {
 #[test]
 fn slack_reads_as_zero() {
     alone("slack_reads_as_zero", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let page = page_size();
         for (head, len) in [(100, 5000), (0, 1), (page - 1, 2), (1, page), (page - 1, 1), (7, 3 * page - 7), (0, page)]
         {
@@ -70,7 +70,7 @@ fn slack_reads_as_zero() {
 #[test]
 fn a_source_over_page_table_borders_is_shown_byte_for_byte() {
     alone("a_source_over_page_table_borders_is_shown_byte_for_byte", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let len = (9 << 20) + 4321;
         for head in [0, 1, 2000] {
             let mut list = Kiobuf::new();
@@ -99,7 +99,7 @@ fn a_source_over_page_table_borders_is_shown_byte_for_byte() {
 #[test]
 fn a_page_in_two_places_is_two_pages() {
     alone("a_page_in_two_places_is_two_pages", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let one = pages(3);
         let list = Kiobuf::concat(&[one.clone(), one.clone(), one.clone()]).unwrap();
         let region = attach(&engine, &list);
@@ -116,7 +116,7 @@ fn a_page_in_two_places_is_two_pages() {
 #[test]
 fn strung_lists_are_continuous() {
     alone("strung_lists_are_continuous", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (mut bytes, mut zeros, mut filed) = (Kiobuf::new(), Kiobuf::new(), Kiobuf::new());
         bytes.map_bytes(vec![7; 17 * page_size() + 1]).unwrap();
         zeros.map_zero(3).unwrap();
@@ -158,7 +158,7 @@ fn strung_lists_are_continuous() {
 #[test]
 fn contents_are_what_was_filled_in() {
     alone("contents_are_what_was_filled_in", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut arena = Arena::new(100).unwrap();
         arena.fill(0xff);
         let mut list = Kiobuf::new();
@@ -181,7 +181,7 @@ fn contents_are_what_was_filled_in() {
 #[test]
 fn a_refused_mapping_leaves_the_list_usable() {
     alone("a_refused_mapping_leaves_the_list_usable", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut list = Kiobuf::new();
         assert_eq!(list.map_bytes(Vec::new()).unwrap_err().errno(), Errno::EINVAL);
         assert_eq!(list.map_zero(0).unwrap_err().errno(), Errno::EINVAL);
@@ -199,7 +199,7 @@ fn a_refused_mapping_leaves_the_list_usable() {
 #[test]
 fn a_source_with_a_gap_is_refused_whole() {
     alone("a_source_with_a_gap_is_refused_whole", || {
-        let (page, engine) = (page_size(), Engine::new().unwrap());
+        let (page, engine) = (page_size(), engine_builder().build().unwrap());
         // SAFETY: a new mapping where the kernel likes; its middle page is then made inaccessible.
         let start = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -235,7 +235,7 @@ fn a_source_with_a_gap_is_refused_whole() {
 #[test]
 fn a_list_built_on_another_thread_is_the_same() {
     alone("a_list_built_on_another_thread_is_the_same", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let build = || {
             let mut file: File = tempfile::tempfile().unwrap();
             file.write_all(&(0..30_000).map(pattern).collect::<Vec<_>>()).unwrap();

@@ -6,9 +6,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kiomap::{AttachOptions, Engine, Error, Kiobuf, page_size};
+use kiomap::{AttachOptions, Error, Kiobuf, page_size};
 use nix::errno::Errno;
-use support::{alone, assert_sigbus, holes, in_page, mark, pages, read_page, settled_stats, source, touch};
+use support::{
+    alone, assert_sigbus, engine_builder, holes, in_page, mark, pages, read_page, settled_stats, source, touch,
+};
 
 fn whole(nr_pages: u64) -> AttachOptions {
     AttachOptions::new().len_bytes(nr_pages as usize * page_size())
@@ -18,7 +20,7 @@ fn whole(nr_pages: u64) -> AttachOptions {
 #[test]
 fn the_last_byte_of_the_last_page_is_read_once() {
     alone("the_last_byte_of_the_last_page_is_read_once", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         for nr_pages in [1, 2, 17, 100] {
             let calls = Arc::new(AtomicU64::new(0));
             let counted = Arc::clone(&calls);
@@ -42,7 +44,7 @@ fn the_last_byte_of_the_last_page_is_read_once() {
 #[test]
 fn the_page_after_the_last_is_sigbus() {
     alone("the_page_after_the_last_is_sigbus", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         for nr_pages in [1, 2, 17, 18, 100] {
             for list in [pages(nr_pages), source(nr_pages, |_, _| Ok(()))] {
                 let region = engine.vmap(&list).unwrap().attach(&whole(nr_pages + 2)).unwrap();
@@ -64,7 +66,7 @@ fn the_page_after_the_last_is_sigbus() {
 fn far_past_the_end_is_sigbus() {
     alone("far_past_the_end_is_sigbus", || {
         const FAR: u64 = 1_000_000;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(3)).unwrap();
         let long = vmap.attach(&whole(3 + FAR + 1)).unwrap();
         assert_sigbus(&long, 3 + FAR);
@@ -80,7 +82,7 @@ fn far_past_the_end_is_sigbus() {
 #[test]
 fn a_region_longer_than_the_list_attaches() {
     alone("a_region_longer_than_the_list_attaches", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let region = engine.vmap(&pages(7)).unwrap().attach(&whole(70)).unwrap();
         for page in 0..70 {
             if page < 7 {
@@ -98,7 +100,7 @@ fn holes_are_sigbus_and_their_neighbours_intact() {
     alone("holes_are_sigbus_and_their_neighbours_intact", || {
         const PAIRS: u64 = 64;
         for from_source in [false, true] {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let parts: Vec<Kiobuf> = (0..PAIRS)
                 .flat_map(|n| {
                     let page = vec![mark(2 * n); page_size()];
@@ -132,7 +134,7 @@ fn holes_are_sigbus_and_their_neighbours_intact() {
 fn pgoff_shifts_the_list() {
     alone("pgoff_shifts_the_list", || {
         const PAGES: u64 = 40;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         for list in [pages(PAGES), source(PAGES, |_, _| Ok(()))] {
             for pgoff in [0, 1, 15, 16, 17, 39] {
                 let vmap = engine.vmap(&list).unwrap();
@@ -152,7 +154,7 @@ fn pgoff_shifts_the_list() {
 #[test]
 fn a_pgoff_that_wraps_is_refused() {
     alone("a_pgoff_that_wraps_is_refused", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(2)).unwrap();
         let limit = i64::MAX as u64 / page_size() as u64;
         for pgoff in [limit, limit + 1, u64::MAX / page_size() as u64, u64::MAX - 1, u64::MAX] {
@@ -170,7 +172,7 @@ fn a_pgoff_that_wraps_is_refused() {
 #[test]
 fn a_write_past_the_end_changes_nothing() {
     alone("a_write_past_the_end_changes_nothing", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&Kiobuf::concat(&[pages(3), holes(1)]).unwrap()).unwrap();
         let region = vmap.attach(&whole(6)).unwrap();
         for page in [5, 4, 3] {
@@ -207,7 +209,7 @@ fn system_calls_on(at: *mut u8) -> [Result<usize, Errno>; 2] {
 #[test]
 fn a_system_call_on_a_sigbus_page_is_efault() {
     alone("a_system_call_on_a_sigbus_page_is_efault", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let list = Kiobuf::concat(&[pages(1), holes(1), source(1, |_, _| Err(std::io::Error::other("no")))]).unwrap();
         let region = engine.vmap(&list).unwrap().attach(&whole(5)).unwrap();
         for page in 1..5 {
@@ -226,7 +228,7 @@ fn a_system_call_on_a_sigbus_page_is_efault() {
 #[test]
 fn a_system_call_on_a_missing_page_gets_its_bytes() {
     alone("a_system_call_on_a_missing_page_gets_its_bytes", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let region = engine.vmap(&pages(40)).unwrap().attach(&AttachOptions::new()).unwrap();
         if !engine.open_way().serves_kernel_faults() {
             assert_eq!(system_calls_on(in_page(&region, 0)), [Err(Errno::EFAULT); 2]);
@@ -246,7 +248,7 @@ fn a_system_call_on_a_missing_page_gets_its_bytes() {
 #[test]
 fn sigbus_is_sticky_and_one_signal_a_touch() {
     alone("sigbus_is_sticky_and_one_signal_a_touch", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let list = Kiobuf::concat(&[holes(1), pages(200)]).unwrap();
         let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
         std::thread::scope(|scope| {
@@ -265,7 +267,7 @@ fn sigbus_is_sticky_and_one_signal_a_touch() {
 #[test]
 fn an_empty_list_is_sigbus_everywhere() {
     alone("an_empty_list_is_sigbus_everywhere", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut unmapped = pages(3);
         unmapped.unmap();
         for list in [Kiobuf::new(), unmapped] {
@@ -286,7 +288,7 @@ fn an_empty_list_is_sigbus_everywhere() {
 #[test]
 fn unmapping_a_handle_leaves_what_was_published() {
     alone("unmapping_a_handle_leaves_what_was_published", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let mut list = pages(2);
         let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
         list.unmap();

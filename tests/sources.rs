@@ -9,7 +9,9 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use kiomap::{AttachOptions, Engine, EngineBuilder, Error, Kiobuf, Region, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
 use support::touch::Refused;
-use support::{alone, assert_sigbus, eventually, in_page, mark, pages, read_page, settled_stats, source, touch};
+use support::{
+    alone, assert_sigbus, engine_builder, eventually, in_page, mark, pages, read_page, settled_stats, source, touch,
+};
 
 fn attach(engine: &Engine, list: &Kiobuf) -> Region {
     engine.vmap(list).unwrap().attach(&AttachOptions::new()).unwrap()
@@ -54,7 +56,7 @@ fn an_error_of_a_source_is_sigbus_for_its_page_only() {
             || IoError::other("lost"),
         ];
         for (n, error) in errors.into_iter().enumerate() {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let list = source(
                 40,
                 move |first, len| {
@@ -77,7 +79,7 @@ fn an_error_of_a_source_is_sigbus_for_its_page_only() {
 #[test]
 fn a_panic_of_a_source_is_sigbus_and_the_workers_live() {
     alone("a_panic_of_a_source_is_sigbus_and_the_workers_live", || {
-        let engine = Engine::builder().workers(2).fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().workers(2).fault_around_pages(1).build().unwrap();
         let list = source(40, |first, _| if first % 2 == 1 { panic!("page {first}") } else { Ok(()) });
         let region = attach(&engine, &list);
         for page in 0..40 {
@@ -97,7 +99,7 @@ fn a_panic_of_a_source_is_sigbus_and_the_workers_live() {
 #[test]
 fn a_source_that_fails_for_many_pages_is_asked_for_one() {
     alone("a_source_that_fails_for_many_pages_is_asked_for_one", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let list = source(40, |_, len| if len > 1 { Err(ErrorKind::InvalidInput.into()) } else { Ok(()) });
         let region = attach(&engine, &list);
         (0..40).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
@@ -110,7 +112,7 @@ fn a_source_that_fails_for_many_pages_is_asked_for_one() {
 #[test]
 fn a_slow_source_holds_up_nobody_else() {
     alone("a_slow_source_holds_up_nobody_else", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (gate, calls) = (Gate::default(), Arc::new(AtomicU64::new(0)));
         let (passed, counted) = (gate.clone(), Arc::clone(&calls));
         let slow = source(16, move |_, _| {
@@ -140,7 +142,7 @@ fn a_slow_source_holds_up_nobody_else() {
 fn more_slow_reads_than_workers_are_all_served() {
     alone("more_slow_reads_than_workers_are_all_served", || {
         const THREADS: u64 = 24;
-        let engine = Engine::builder().workers(1).fault_around_pages(2).build().unwrap();
+        let engine = engine_builder().workers(1).fault_around_pages(2).build().unwrap();
         let gate = Gate::default();
         let passed = gate.clone();
         let region = attach(
@@ -170,7 +172,7 @@ fn more_slow_reads_than_workers_are_all_served() {
 fn a_page_is_read_from_its_source_once() {
     alone("a_page_is_read_from_its_source_once", || {
         const PAGES: u64 = 12;
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let calls: Arc<[AtomicU64]> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
         let counted = Arc::clone(&calls);
         let list = source(PAGES, move |first, len| {
@@ -208,7 +210,7 @@ fn a_page_is_read_from_its_source_once() {
 fn an_owners_read_names_the_page_that_fails() {
     alone("an_owners_read_names_the_page_that_fails", || {
         const BAD: u64 = 37;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let list =
             source(
                 60,
@@ -268,7 +270,7 @@ fn self_touching(builder: EngineBuilder, nr_pages: u64, asked: u64, touched: u64
 fn a_source_that_touches_the_page_it_makes_gets_sigbus() {
     alone("a_source_that_touches_the_page_it_makes_gets_sigbus", || {
         for (workers, around) in [(1, 1), (4, 1), (1, 16), (4, 16)] {
-            let builder = Engine::builder().workers(workers).fault_around_pages(around);
+            let builder = engine_builder().workers(workers).fault_around_pages(around);
             let test = self_touching(builder, 16, 3, 3, None);
             let region = test.region.get().unwrap();
             // Its refusal is one for everybody who waits for the page, until the source has made it after all.
@@ -292,7 +294,7 @@ fn a_source_that_touches_another_slow_page_gets_sigbus() {
         for (around, touched) in [(16, 7), (1, 7), (16, 30)] {
             for waiters in [0, 3] {
                 let gate = Gate::default();
-                let builder = Engine::builder().fault_around_pages(around).workers(2);
+                let builder = engine_builder().fault_around_pages(around).workers(2);
                 let test = self_touching(builder, 32, 3, touched, Some(gate.clone()));
                 let region = test.region.get().unwrap();
                 std::thread::scope(|scope| {
@@ -324,7 +326,7 @@ fn a_source_that_touches_another_slow_page_gets_sigbus() {
 #[test]
 fn a_source_may_touch_what_needs_no_worker() {
     alone("a_source_may_touch_what_needs_no_worker", || {
-        let engine = Engine::builder().workers(1).build().unwrap();
+        let engine = engine_builder().workers(1).build().unwrap();
         let plain = attach(&engine, &pages(40));
         let region = attach(
             &engine,
@@ -343,7 +345,7 @@ fn a_source_may_touch_what_needs_no_worker() {
 #[test]
 fn a_source_that_reads_its_own_vmap_is_refused() {
     alone("a_source_that_reads_its_own_vmap_is_refused", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let (own, refusals): (Later<Vmap>, Arc<Mutex<Vec<Errno>>>) = Default::default();
         let (asked, noted) = (Arc::clone(&own), Arc::clone(&refusals));
         let list = source(4, move |_, _| {
@@ -377,7 +379,7 @@ impl AsRef<[u8]> for Lent {
 #[test]
 fn a_source_in_a_region_is_refused() {
     alone("a_source_in_a_region_is_refused", || {
-        let (engine, other) = (Engine::new().unwrap(), Engine::new().unwrap());
+        let (engine, other) = (engine_builder().build().unwrap(), engine_builder().build().unwrap());
         for skipped in [0, page_size() + 100] {
             let region = attach(&engine, &pages(3));
             let (start, vmap) = (region.as_ptr() as usize, region.vmap());
@@ -404,7 +406,7 @@ fn a_source_in_a_region_is_refused() {
 #[test]
 fn a_callback_that_touches_a_hole_gets_its_signal_handled() {
     alone("a_callback_that_touches_a_hole_gets_its_signal_handled", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let hole = attach(&engine, &support::holes(1));
         let refused = Arc::new(AtomicBool::new(false));
         let noted = Arc::clone(&refused);
@@ -421,7 +423,7 @@ fn a_callback_that_touches_a_hole_gets_its_signal_handled() {
 #[test]
 fn a_shutdown_answers_a_touch_whose_source_is_stuck() {
     alone("a_shutdown_answers_a_touch_whose_source_is_stuck", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let gate = Gate::default();
         let passed = gate.clone();
         let region = attach(
@@ -455,7 +457,7 @@ fn a_shutdown_answers_a_touch_whose_source_is_stuck() {
 #[test]
 fn a_filling_shutdown_serves_the_touches_that_wait() {
     alone("a_filling_shutdown_serves_the_touches_that_wait", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (gate, first) = (Gate::default(), AtomicBool::new(true));
         let passed = gate.clone();
         // Only the first read is slow: the one for the touch.
@@ -486,7 +488,7 @@ fn a_filling_shutdown_serves_the_touches_that_wait() {
 #[test]
 fn a_filling_shutdown_fills_around_a_page_that_fails() {
     alone("a_filling_shutdown_fills_around_a_page_that_fails", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let list = source(200, |first, len| {
             let pages = first..first + len as u64;
             if pages.contains(&37) { Err(IoError::other("bad")) } else { Ok(()) }
@@ -510,7 +512,7 @@ fn a_write_from_missing_memory_of_the_same_vmap_is_served() {
     alone("a_write_from_missing_memory_of_the_same_vmap_is_served", || {
         const PAGES: usize = 64;
         for _ in 0..20 {
-            let engine = Engine::builder().workers(1).fault_around_pages(2).build().unwrap();
+            let engine = engine_builder().workers(1).fault_around_pages(2).build().unwrap();
             let vmap = engine.vmap(&source(PAGES as u64, |_, _| Ok(()))).unwrap();
             let region = vmap.attach(&AttachOptions::new()).unwrap();
             let from = 8 * page_size();
@@ -541,7 +543,7 @@ fn a_write_from_missing_memory_of_the_same_vmap_is_served() {
 #[test]
 fn many_touches_of_a_stuck_page_end_with_it() {
     alone("many_touches_of_a_stuck_page_end_with_it", || {
-        let engine = Engine::builder().workers(1).build().unwrap();
+        let engine = engine_builder().workers(1).build().unwrap();
         let gate = Gate::default();
         let passed = gate.clone();
         let failing = source(16, move |_, _| {

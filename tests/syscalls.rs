@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::getpid;
 use support::scene::{GatedSource, at, child, sourced_pages};
-use support::{alone, eventually, mark, pages, reap_ok, touch};
+use support::{alone, engine_builder, eventually, mark, pages, reap_ok, touch};
 
 /// The bytes of some pages, for the kernel to read; the compiler is told nothing of them.
 fn bytes(region: &Region, page: u64, nr_pages: usize) -> &[u8] {
@@ -34,7 +34,7 @@ fn marked(first: u64, nr_pages: u64) -> Vec<u8> {
 
 /// An engine that brings one page for one fault, and lists of memory and of a slow source.
 fn engine() -> Engine {
-    Engine::builder().fault_around_pages(1).build().unwrap()
+    engine_builder().fault_around_pages(1).build().unwrap()
 }
 
 macro_rules! needs_kernel_faults {
@@ -268,7 +268,7 @@ fn signals_do_not_end_a_system_call_that_waits_for_a_page() {
 #[test]
 fn in_user_mode_only_touches_work_and_system_calls_answer_efault() {
     alone("in_user_mode_only_touches_work_and_system_calls_answer_efault", || {
-        let engine = Engine::builder().fault_around_pages(1).open_ways(&[OpenWay::UserModeOnly]).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).open_ways(&[OpenWay::UserModeOnly]).build().unwrap();
         assert_eq!(engine.open_way(), OpenWay::UserModeOnly);
         assert!(!engine.open_way().serves_kernel_faults());
         for list in [pages(32), sourced_pages(32)] {

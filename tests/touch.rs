@@ -2,14 +2,14 @@
 
 mod support;
 
-use kiomap::{AttachOptions, Engine, page_size};
-use support::{alone, mark, pages, touch};
+use kiomap::{AttachOptions, page_size};
+use support::{alone, engine_builder, mark, pages, touch};
 
 /// A touch reads right bytes inside the list, is SIGBUS past its end, and SIGSEGV where a write is not allowed.
 #[test]
 fn a_touch_tells_bytes_sigbus_and_sigsegv_apart() {
     alone("a_touch_tells_bytes_sigbus_and_sigsegv_apart", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(2)).unwrap();
         let region = vmap.attach(&AttachOptions::new().len_bytes(3 * page_size()).read_only()).unwrap();
         let at = |page: usize| region.as_ptr().wrapping_add(page * page_size() + 5);

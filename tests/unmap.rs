@@ -6,9 +6,9 @@ mod support;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use kiomap::{AttachOptions, Engine, Region, page_size};
+use kiomap::{AttachOptions, Region, page_size};
 use support::scene::{GatedSource, Rng, areas_of, at, child, sourced_pages};
-use support::{alone, eventually, mark, pages, reap_ok, touch};
+use support::{alone, engine_builder, eventually, mark, pages, reap_ok, touch};
 
 /// How soon a thread that waits for a page that is unmapped must be told.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -23,7 +23,7 @@ fn munmap(addr: *mut u8, pages: usize) {
 #[test]
 fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
     alone("an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(16)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -51,7 +51,7 @@ fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
 #[test]
 fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
     alone("a_page_that_arrives_late_is_not_put_into_a_newer_area", || {
-        let engine = Engine::builder().fault_around_pages(4).build().unwrap();
+        let engine = engine_builder().fault_around_pages(4).build().unwrap();
         let gated = GatedSource::new();
         let slow = engine.vmap(&gated.list(16)).unwrap();
         // The same source, other pages, so that the bytes tell them apart.
@@ -103,7 +103,7 @@ fn faults_among_unmaps_and_advice_are_answered_right_and_soon() {
 fn faults_among_events() -> Duration {
     const PAGES: u64 = 512;
     let mut slowest_of_all = Duration::ZERO;
-    let engine = Engine::builder().fault_around_pages(2).build().unwrap();
+    let engine = engine_builder().fault_around_pages(2).build().unwrap();
     for list in [pages(PAGES), sourced_pages(PAGES)] {
         let vmap = engine.vmap(&list).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -160,7 +160,7 @@ fn faults_among_events() -> Duration {
 #[test]
 fn attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed() {
     alone("attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(200)).unwrap();
         let churn = |threads: u64, rounds: u64| {
             std::thread::scope(|scope| {
@@ -199,7 +199,7 @@ fn attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed() {
 fn a_region_that_moves_under_faults_shows_the_right_pages() {
     alone("a_region_that_moves_under_faults_shows_the_right_pages", || {
         const PAGES: u64 = 256;
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(PAGES)).unwrap();
         // Far from where the kernel puts what anybody else maps: the place that was left stays empty.
         let places = [0x1000_0000_0000, 0x1000_4000_0000];
@@ -246,7 +246,7 @@ fn a_region_that_moves_under_faults_shows_the_right_pages() {
 #[test]
 fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
     alone("a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
@@ -274,7 +274,7 @@ fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
 #[test]
 fn hole_punching_asks_the_list_again() {
     alone("hole_punching_asks_the_list_again", || {
-        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&pages(8)).unwrap();
         let region = vmap.attach(&AttachOptions::new()).unwrap();
         let other = vmap.attach(&AttachOptions::new()).unwrap();

@@ -11,8 +11,8 @@ use kiomap::{AttachOptions, Engine, Error, Kiobuf, Region, Revoke, Sharing, Vmap
 use nix::errno::Errno;
 use support::touch::Refused;
 use support::{
-    alone, assert_sigbus, eventually, holes, in_page, mark, pages, read_page, settled_stats, source, touch,
-    vmap_mappings, within,
+    alone, assert_sigbus, engine_builder, eventually, holes, in_page, mark, pages, read_page, settled_stats, source,
+    touch, vmap_mappings, within,
 };
 
 fn whole() -> AttachOptions {
@@ -47,7 +47,7 @@ type Later<T> = Arc<OnceLock<T>>;
 #[test]
 fn only_the_first_attach_is_first() {
     alone("only_the_first_attach_is_first", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (vmap, _) = counting(&engine, &pages(2));
         let regions = [0; 3].map(|_| vmap.attach(&whole()).unwrap());
         assert_eq!(regions.each_ref().map(Region::is_first), [true, false, false]);
@@ -61,7 +61,7 @@ fn only_the_first_attach_is_first() {
 #[test]
 fn the_callback_comes_with_the_last_detach_in_any_order() {
     alone("the_callback_comes_with_the_last_detach_in_any_order", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
             let (vmap, derefs) = counting(&engine, &pages(2));
             let mut regions = [0; 3].map(|_| Some(vmap.attach(&whole()).unwrap()));
@@ -80,7 +80,7 @@ fn the_callback_comes_with_the_last_detach_in_any_order() {
 #[test]
 fn first_and_deref_alternate_over_many_cycles() {
     alone("first_and_deref_alternate_over_many_cycles", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (vmap, derefs) = counting(&engine, &pages(1));
         for cycle in 0..1000 {
             let region = vmap.attach(&whole()).unwrap();
@@ -96,7 +96,7 @@ fn first_and_deref_alternate_over_many_cycles() {
 #[test]
 fn a_callback_may_attach_and_query() {
     alone("a_callback_may_attach_and_query", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let rounds = Arc::new(AtomicUsize::new(0));
         let (counted, seen) = (Arc::clone(&rounds), Arc::new(Mutex::new(Vec::new())));
         let noted = Arc::clone(&seen);
@@ -126,7 +126,7 @@ fn a_callback_may_attach_and_query() {
 fn a_callback_may_drop_the_last_handle() {
     alone("a_callback_may_drop_the_last_handle", || {
         for _ in 0..50 {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let handle: Arc<Mutex<Option<Vmap>>> = Arc::default();
             let (dropped, (guard, alive)) = (Arc::clone(&handle), guarded(2));
             let mut list = Kiobuf::new();
@@ -149,7 +149,7 @@ fn a_callback_may_drop_the_last_handle() {
 #[test]
 fn firsts_and_derefs_alternate_under_eight_threads() {
     alone("firsts_and_derefs_alternate_under_eight_threads", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let held = Arc::new(AtomicBool::new(false));
         let (released, derefs) = (Arc::clone(&held), Arc::new(AtomicUsize::new(0)));
         let counted = Arc::clone(&derefs);
@@ -203,7 +203,7 @@ fn firsts_and_derefs_alternate_under_eight_threads() {
 #[test]
 fn a_private_attach_is_refused() {
     alone("a_private_attach_is_refused", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (vmap, derefs) = counting(&engine, &pages(2));
         for options in [whole().sharing(Sharing::Private), whole().sharing(Sharing::Private).read_only()] {
             let refused = vmap.attach(&options).unwrap_err();
@@ -220,7 +220,7 @@ fn a_private_attach_is_refused() {
 #[test]
 fn a_callback_may_be_absent_set_late_and_exchanged() {
     alone("a_callback_may_be_absent_set_late_and_exchanged", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(1)).unwrap();
         drop(vmap.attach(&whole()).unwrap());
         let calls = Arc::new(Mutex::new(Vec::new()));
@@ -257,7 +257,7 @@ fn a_callback_may_be_absent_set_late_and_exchanged() {
 #[test]
 fn a_panic_of_a_callback_is_isolated() {
     alone("a_panic_of_a_callback_is_isolated", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let calls = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&calls);
         let on_deref = move |_: &Vmap| {
@@ -279,7 +279,7 @@ fn a_panic_of_a_callback_is_isolated() {
 #[test]
 fn an_attach_within_an_attach_is_refused() {
     alone("an_attach_within_an_attach_is_refused", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (vmap, other) = (engine.vmap(&pages(1)).unwrap(), engine.vmap(&pages(1)).unwrap());
         let region = vmap.attach_with(&whole(), |first| {
             assert!(first);
@@ -322,7 +322,7 @@ fn guarded(nr_pages: u64) -> (Guarded, Arc<AtomicBool>) {
 #[test]
 fn a_region_outlives_its_handles() {
     alone("a_region_outlives_its_handles", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (guard, alive) = guarded(30);
         let mut list = Kiobuf::new();
         list.map_slice(guard).unwrap();
@@ -350,7 +350,7 @@ fn a_region_outlives_its_handles() {
 #[test]
 fn destroy_is_refused_while_areas_are_attached() {
     alone("destroy_is_refused_while_areas_are_attached", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (vmap, derefs) = counting(&engine, &pages(1));
         let regions = [0; 2].map(|_| vmap.attach(&whole()).unwrap());
         for (attached, region) in [2, 1].into_iter().zip(regions) {
@@ -370,7 +370,7 @@ fn destroy_is_refused_while_areas_are_attached() {
 #[test]
 fn a_running_callback_keeps_a_vmap_from_being_destroyed() {
     alone("a_running_callback_keeps_a_vmap_from_being_destroyed", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let (enter, entered) = std::sync::mpsc::channel();
         let (leave, left) = std::sync::mpsc::channel();
         let on_deref = move |_: &Vmap| {
@@ -391,7 +391,7 @@ fn a_running_callback_keeps_a_vmap_from_being_destroyed() {
 #[test]
 fn expanding_heals_the_tail() {
     alone("expanding_heals_the_tail", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         for tail in [pages(30), source(30, |_, _| Ok(()))] {
             let vmap = engine.vmap_builder(&pages(3)).expandable().build().unwrap();
             let regions = [vmap.attach(&long(40)).unwrap(), vmap.attach(&long(40).read_only()).unwrap()];
@@ -417,7 +417,7 @@ fn expanding_heals_the_tail() {
 #[test]
 fn an_expansion_that_is_refused_changes_nothing() {
     alone("an_expansion_that_is_refused_changes_nothing", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let fixed = engine.vmap(&pages(3)).unwrap();
         assert!(matches!(fixed.expand(&pages(1)), Err(Error::Invalid { .. })));
         let vmap = engine.vmap_builder(&pages(3)).expandable().build().unwrap();
@@ -439,7 +439,7 @@ fn an_expansion_that_is_refused_changes_nothing() {
 fn a_revoke_takes_what_is_not_resident_or_everything() {
     alone("a_revoke_takes_what_is_not_resident_or_everything", || {
         for list in [pages(64), source(64, |_, _| Ok(()))] {
-            let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&whole()).unwrap();
             (0..64).step_by(2).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
@@ -474,7 +474,7 @@ fn expanding_after_a_revoke_appends() {
     alone("expanding_after_a_revoke_appends", || {
         for how in [Revoke::Soft, Revoke::Hard] {
             for appended in [1, 5] {
-                let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+                let engine = engine_builder().fault_around_pages(1).build().unwrap();
                 let vmap = engine.vmap_builder(&pages(3)).expandable().build().unwrap();
                 let region = vmap.attach(&long(10)).unwrap();
                 assert_eq!(read_page(&region, 0), Ok(mark(0)));
@@ -500,7 +500,7 @@ fn expanding_after_a_revoke_appends() {
 fn a_list_that_grows_under_touches_is_never_torn() {
     alone("a_list_that_grows_under_touches_is_never_torn", || {
         const STEPS: u64 = 120;
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         for from_source in [false, true] {
             let vmap = engine.vmap_builder(&pages(1)).expandable().build().unwrap();
             let region = vmap.attach(&long(STEPS * 3 + 8)).unwrap();
@@ -560,7 +560,7 @@ fn a_revoke_under_touches_shows_bytes_or_sigbus() {
         for round in 0..60_u64 {
             let how = if round.is_multiple_of(2) { Revoke::Soft } else { Revoke::Hard };
             let engine =
-                Engine::builder().fault_around_pages(if round.is_multiple_of(3) { 1 } else { 16 }).build().unwrap();
+                engine_builder().fault_around_pages(if round.is_multiple_of(3) { 1 } else { 16 }).build().unwrap();
             let list = if round % 4 < 2 { pages(256) } else { source(256, |_, _| Ok(())) };
             let vmap = engine.vmap(&list).unwrap();
             let regions = [0; 2].map(|_| vmap.attach(&whole()).unwrap());
@@ -600,7 +600,7 @@ fn a_revoke_under_touches_shows_bytes_or_sigbus() {
 #[test]
 fn the_owner_and_the_regions_see_the_same_bytes() {
     alone("the_owner_and_the_regions_see_the_same_bytes", || {
-        let (page, engine) = (page_size(), Engine::new().unwrap());
+        let (page, engine) = (page_size(), engine_builder().build().unwrap());
         for list in [pages(100), source(100, |_, _| Ok(()))] {
             let vmap = engine.vmap(&list).unwrap();
             let region = vmap.attach(&whole()).unwrap();
@@ -632,7 +632,7 @@ fn the_owner_and_the_regions_see_the_same_bytes() {
 #[test]
 fn an_owners_range_past_the_end_or_over_a_hole_is_refused() {
     alone("an_owners_range_past_the_end_or_over_a_hole_is_refused", || {
-        let (page, engine) = (page_size() as u64, Engine::new().unwrap());
+        let (page, engine) = (page_size() as u64, engine_builder().build().unwrap());
         let vmap = engine.vmap(&Kiobuf::concat(&[pages(2), holes(1), pages(1)]).unwrap()).unwrap();
         for (offset, len) in
             [(4 * page, 1), (4 * page - 1, 2), (u64::MAX, 1), (u64::MAX - 1, 2), (0, 5 * page), (i64::MAX as u64, 1)]
@@ -665,7 +665,7 @@ fn the_owner_reads_and_writes_under_touches() {
     alone("the_owner_reads_and_writes_under_touches", || {
         const PAGES: u64 = 512;
         for list in [pages(PAGES), source(PAGES, |_, _| Ok(()))] {
-            let engine = Engine::new().unwrap();
+            let engine = engine_builder().build().unwrap();
             let vmap = engine.vmap(&list).unwrap();
             let regions = [0; 2].map(|_| vmap.attach(&whole()).unwrap());
             std::thread::scope(|scope| {
@@ -704,7 +704,7 @@ fn the_owner_reads_and_writes_under_touches() {
 #[test]
 fn user_data_is_found_by_its_type() {
     alone("user_data_is_found_by_its_type", || {
-        let engine = Engine::new().unwrap();
+        let engine = engine_builder().build().unwrap();
         let found: Later<String> = Later::default();
         let noted = Arc::clone(&found);
         let builder = engine.vmap_builder(&pages(1)).user_data(String::from("mine"));
@@ -721,7 +721,7 @@ fn user_data_is_found_by_its_type() {
 fn everything_at_once_is_bytes_or_a_signal() {
     alone("everything_at_once_is_bytes_or_a_signal", || {
         for round in 0..40_u64 {
-            let engine = Engine::builder().workers(2).fault_around_pages(8).build().unwrap();
+            let engine = engine_builder().workers(2).fault_around_pages(8).build().unwrap();
             let list = if round.is_multiple_of(2) { pages(64) } else { source(64, |_, _| Ok(())) };
             let vmap = engine.vmap_builder(&list).expandable().build().unwrap();
             let region = vmap.attach(&long(128)).unwrap();

@@ -213,3 +213,8 @@ pub(crate) fn settled_stats(engine: &kiomap::Engine) -> kiomap::Stats {
     engine.settle().unwrap();
     engine.stats()
 }
+
+/// Begins to build an engine: every test's engine comes from here.
+pub(crate) fn engine_builder() -> kiomap::EngineBuilder {
+    kiomap::Engine::builder()
+}
