@@ -42,6 +42,7 @@ mod page;
 mod process;
 mod region;
 mod runtime;
+mod snapshot;
 mod space;
 mod stats;
 mod sys;
@@ -52,6 +53,7 @@ pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock, Page
 pub use page::page_size;
 pub use region::{AttachOptions, Region, Sharing};
 pub use runtime::engine::{Engine, EngineBuilder, FAULT_AROUND_MAX_PAGES, Shutdown, WORKERS_MAX};
+pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
 pub use stats::{SpaceStats, Stats};
 pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,

@@ -47,6 +47,12 @@ impl Region {
         self.addr as *mut u8
     }
 
+    /// Returns the number by which the engine knows the region ([`Engine::snapshot`](crate::Engine::snapshot)), unique in
+    /// the process that attached it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Returns the length in bytes, whole pages.
     pub fn len_bytes(&self) -> usize {
         self.len

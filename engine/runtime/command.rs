@@ -10,6 +10,7 @@ use super::call::Ticket;
 use super::fault::Fault;
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
+use crate::snapshot::View;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, InsertError};
 use crate::space::{AreaRecord, Pieces, Space, SpaceId, Target};
@@ -46,6 +47,8 @@ pub(crate) enum Command {
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
+    /// Copies every space and its areas into the asker's memory.
+    View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },

@@ -21,6 +21,7 @@ use crate::fork::link::Local;
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::process::open_pidfd;
+use crate::snapshot::{Snapshot, View};
 use crate::space::OWN_SPACE;
 use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
@@ -318,6 +319,26 @@ impl Engine {
     pub fn spaces(&self) -> Result<Vec<SpaceStats>> {
         self.owner_only("listing spaces")?;
         Ok(self.shared.spaces().iter().map(|counters| counters.snapshot()).collect())
+    }
+
+    /// Lists every vmap, process and area as they are at this moment, for a debugger, or to be compared with what the
+    /// kernel says.
+    ///
+    /// Areas are listed as the fault-handling thread knows them, all at one moment; the counts are read a moment
+    /// later. They agree when nothing attaches, unmaps, forks or exits meanwhile, and [`Engine::settle`] came before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOwner`] in a forked child; [`Error::Sys`] with `ENOMEM`, or when `/proc` can't be read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        self.owner_only("a snapshot")?;
+        let asked = self.shared.handler.ask(|reply| Command::View { view: View::new(), reply });
+        let view = match asked {
+            Ok((view, outcome)) => outcome.map(|()| view).map_err(Error::sys("mmap for a snapshot"))?,
+            // The thread has ended because no area is left.
+            Err(_) => View::new(),
+        };
+        Snapshot::of(&self.shared.vmaps.all(), &view)
     }
 
     /// Waits until every event that has happened by now is counted: unmaps by `munmap` itself, and the ends of

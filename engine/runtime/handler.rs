@@ -452,6 +452,10 @@ impl Handler {
                 drop(contents);
                 reply.answer(());
             }
+            Command::View { mut view, reply } => {
+                let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
+                reply.answer((view, outcome));
+            }
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {
                 self.retired = true;

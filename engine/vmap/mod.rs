@@ -138,6 +138,11 @@ fn refuse_own_memory(list: &Kiobuf) -> Result<()> {
 }
 
 impl Vmap {
+    /// Returns the number by which the engine knows the vmap, never used again ([`Engine::snapshot`](crate::Engine::snapshot)).
+    pub fn id(&self) -> u64 {
+        self.core.id
+    }
+
     /// Returns the number of pages of the list.
     pub fn nr_pages(&self) -> u64 {
         self.core.nr_pages()

@@ -7,6 +7,7 @@
 //! reports the change (EAGAIN), for as long as somebody goes on changing; through this one it does.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -45,6 +46,11 @@ impl Window {
         let mapping = Mapping::hidden(memfd, len, 0, Placement::Anywhere)?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
         Ok(Window { mapping, uffd, nr_pages })
+    }
+
+    /// The addresses that it takes.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.mapping.addr()..self.mapping.addr() + self.mapping.len()
     }
 
     /// The address of a page here.

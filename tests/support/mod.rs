@@ -3,6 +3,7 @@
 
 pub(crate) mod scene;
 pub(crate) mod touch;
+pub(crate) mod truth;
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
