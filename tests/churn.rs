@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiomap::{AttachOptions, Kiobuf, page_size};
+use support::truth::assert_count;
 use support::{alone, engine_builder, mark, pages, touch};
 
 /// U5, T45: threads that attach, touch and drop at once are given each other's addresses before the kernel has reported
@@ -30,7 +31,7 @@ fn regions_that_take_over_addresses_are_served_and_counted() {
             }
         });
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
         assert_eq!(engine.stats().strays, 0);
     });
 }
@@ -78,11 +79,11 @@ fn an_unmap_of_very_many_areas_is_counted_when_it_has_settled() {
         for area in 0..AREAS {
             std::mem::forget(vmap.attach(&AttachOptions::new().at(base + area * page_size())).unwrap());
         }
-        assert_eq!(vmap.refcount().unwrap(), AREAS);
+        assert_count(&engine, &vmap, AREAS);
         // SAFETY: exactly the regions' range; nothing refers to it.
         assert_eq!(unsafe { libc::munmap(base as *mut libc::c_void, len) }, 0);
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
     });
 }
 
@@ -100,17 +101,17 @@ fn an_unmap_of_very_many_areas_in_a_child_is_counted_when_a_drop_returns() {
             (0..AREAS).map(|area| vmap.attach(&AttachOptions::new().at(base + area * page_size())).unwrap()).collect();
         support::reap_ok(support::fork_child(|| {
             nix::unistd::alarm::set(support::DEADLINE.as_secs() as u32);
-            assert_eq!(vmap.refcount().unwrap(), 2 * AREAS);
+            assert_count(&engine, &vmap, 2 * AREAS);
             let kept = regions.pop().unwrap();
             regions.drain(..).for_each(std::mem::forget);
             let len = (AREAS - 1) * page_size();
             // SAFETY: exactly the range of the regions that were forgotten; nothing refers to it.
             assert_eq!(unsafe { libc::munmap(base as *mut libc::c_void, len) }, 0);
             drop(kept);
-            assert_eq!(vmap.refcount().unwrap(), AREAS);
+            assert_count(&engine, &vmap, AREAS);
         }));
         drop(regions);
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
     });
 }

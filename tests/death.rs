@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use support::scene::{GatedSource, Rng, Told, areas_of, at, child, kill_and_reap, settled, sourced_pages};
+use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, open_descriptors, pages, reap, reap_ok, threads, touch};
 
 /// How soon a fault of a process whose engine has gone must be answered.
@@ -106,7 +107,7 @@ fn every_way_to_end_a_process_counts_it_out() {
             gated.shut();
             let pid = child(|| assert!(touch::read(at(&region, 10 + round)).is_err(), "it is killed before"));
             gated.wait_for_held(1);
-            assert_eq!(vmap.refcount().unwrap(), 4);
+            assert_count(&engine, &vmap, 4);
             kill_and_reap(pid);
             settled(&engine, &vmap, 2);
             gated.open();

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 
 use kiomap::{AttachOptions, Region, Shutdown, page_size};
+use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, fork_child, mark, pages, reap_ok, touch};
 
 /// The address of byte 9 of a page of a region.
@@ -66,7 +67,7 @@ fn a_child_that_closes_everything_is_served_counted_and_guarded() {
             });
             drop(at_end);
             eventually("the child has touched", || served.load(Ordering::SeqCst) == 1);
-            assert_eq!(vmap.refcount().unwrap(), 2);
+            assert_count(&engine, &vmap, 2);
             if ends_first {
                 engine.shutdown(Shutdown::Poison).unwrap();
             }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kiomap::{AttachOptions, Engine, Kiobuf, PageSource, Region, Revoke, Shutdown, page_size};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use support::scene::{GatedSource, Rng, Told, at, child, kill_and_reap, sourced_pages};
+use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, pages, touch};
 
 /// An engine that brings one page for one fault.
@@ -156,7 +157,7 @@ fn a_storm_of_timer_signals_hinders_no_fault() {
         unsafe { libc::setitimer(libc::ITIMER_REAL, &std::mem::zeroed(), std::ptr::null_mut()) };
         assert!(HANDLED.load(Ordering::Relaxed) > 0);
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 1);
+        assert_count(&engine, &vmap, 1);
     });
 }
 

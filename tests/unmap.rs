@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kiomap::{AttachOptions, Region, page_size};
 use support::scene::{GatedSource, Rng, areas_of, at, child, sourced_pages};
+use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, pages, reap_ok, touch};
 
 /// How soon a thread that waits for a page that is unmapped must be told.
@@ -35,14 +36,14 @@ fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
         assert!(thread.join().unwrap().unwrap_err().is_sigsegv());
         assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 2);
+        assert_count(&engine, &vmap, 2);
         gated.open();
         // Both pieces go on; the hole stays one.
         assert_eq!(touch::read(at(&region, 3)), Ok(mark(3)));
         assert_eq!(touch::read(at(&region, 7)), Ok(mark(7)));
         assert!(touch::read(at(&region, 5)).unwrap_err().is_sigsegv());
         drop(region);
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
     });
 }
 
@@ -149,7 +150,7 @@ fn faults_among_events() -> Duration {
             });
         });
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 1);
+        assert_count(&engine, &vmap, 1);
         slowest_of_all = slowest_of_all.max(slowest.into_inner().unwrap());
     }
     slowest_of_all
@@ -184,10 +185,10 @@ fn attaches_at_addresses_that_were_unmapped_a_moment_ago_succeed() {
             });
         };
         churn(4, 1500);
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
         reap_ok(child(|| {
             churn(3, 500);
-            assert_eq!(vmap.refcount().unwrap(), 0);
+            assert_count(&engine, &vmap, 0);
         }));
         engine.settle().unwrap();
         assert_eq!((vmap.refcount().unwrap(), areas_of(nix::unistd::getpid()), engine.stats().strays), (0, 0, 0));
@@ -231,14 +232,14 @@ fn a_region_that_moves_under_faults_shows_the_right_pages() {
                     unsafe { libc::mremap(from as *mut libc::c_void, len, len, flags, to as *mut libc::c_void) };
                 assert_eq!(moved as usize, to);
                 here = 1 - here;
-                assert_eq!(vmap.refcount().unwrap(), 1);
+                assert_count(&engine, &vmap, 1);
             }
             moving.store(false, Ordering::Release);
         });
         engine.settle().unwrap();
-        assert_eq!(vmap.refcount().unwrap(), 1);
+        assert_count(&engine, &vmap, 1);
         drop(region);
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
     });
 }
 
@@ -257,7 +258,7 @@ fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
             go.wait_for(1);
             munmap(at(&region, 2), 4);
             assert!(thread.join().unwrap().unwrap_err().is_sigsegv());
-            assert_eq!(vmap.refcount().unwrap(), 3);
+            assert_count(&engine, &vmap, 3);
             go.tell(2);
         });
         gated.wait_for_held(1);
@@ -290,7 +291,7 @@ fn hole_punching_asks_the_list_again() {
                 assert_eq!(touch::read(at(&region, page)), Ok(expected), "page {page} after advice {advice}");
                 assert_eq!(touch::read(at(&other, page)), Ok(expected), "page {page} after advice {advice}");
             }
-            assert_eq!(vmap.refcount().unwrap(), 2);
+            assert_count(&engine, &vmap, 2);
         }
     });
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, Region, Revoke, Sharing, Vmap, page_size};
 use nix::errno::Errno;
 use support::touch::Refused;
+use support::truth::assert_count;
 use support::{
     alone, assert_sigbus, engine_builder, eventually, holes, in_page, mark, pages, read_page, settled_stats, source,
     touch, vmap_mappings, within,
@@ -51,7 +52,7 @@ fn only_the_first_attach_is_first() {
         let (vmap, _) = counting(&engine, &pages(2));
         let regions = [0; 3].map(|_| vmap.attach(&whole()).unwrap());
         assert_eq!(regions.each_ref().map(Region::is_first), [true, false, false]);
-        assert_eq!(vmap.refcount().unwrap(), 3);
+        assert_count(&engine, &vmap, 3);
         drop(regions);
         assert!(vmap.attach(&whole()).unwrap().is_first());
     });
@@ -68,7 +69,7 @@ fn the_callback_comes_with_the_last_detach_in_any_order() {
             for (n, index) in order.into_iter().enumerate() {
                 engine.settle().unwrap();
                 assert_eq!(derefs.load(Ordering::SeqCst), 0);
-                assert_eq!(vmap.refcount().unwrap(), 3 - n);
+                assert_count(&engine, &vmap, 3 - n);
                 regions[index] = None;
             }
             assert_eq!(derefs_after_all(&vmap, &derefs), 1);
@@ -192,7 +193,7 @@ fn firsts_and_derefs_alternate_under_eight_threads() {
                 });
             }
         });
-        assert_eq!(vmap.refcount().unwrap(), 0);
+        assert_count(&engine, &vmap, 0);
         eventually("the last callback", || derefs.load(Ordering::SeqCst) == firsts.load(Ordering::SeqCst));
         assert!(!held.load(Ordering::SeqCst));
         assert_eq!(engine.stats().panics, 0);
@@ -284,7 +285,7 @@ fn an_attach_within_an_attach_is_refused() {
         let region = vmap.attach_with(&whole(), |first| {
             assert!(first);
             assert_eq!(vmap.attach(&whole()).unwrap_err().errno(), Errno::EDEADLK);
-            assert_eq!(vmap.refcount().unwrap(), 1);
+            assert_count(&engine, &vmap, 1);
             drop(other.attach(&whole()).unwrap());
         });
         drop(region.unwrap());
@@ -753,7 +754,7 @@ fn everything_at_once_is_bytes_or_a_signal() {
                 dropping.store(true, Ordering::SeqCst);
                 drop(region);
             });
-            assert_eq!(vmap.refcount().unwrap(), 0);
+            assert_count(&engine, &vmap, 0);
         }
     });
 }

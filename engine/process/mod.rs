@@ -5,7 +5,7 @@ pub(crate) mod ledger;
 pub(crate) mod mapping;
 
 use std::ffi::CStr;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -47,6 +47,15 @@ pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
     // The crate does not name the last flag (Linux 6.3).
     let noexec = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
     memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | noexec).map_err(Error::sys("memfd_create"))
+}
+
+/// Tells the id of a pidfd's process as `/proc` has it here; the process itself may know another, in a namespace of its
+/// own.
+pub(crate) fn pid_of(pidfd: BorrowedFd<'_>) -> Option<libc::pid_t> {
+    let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let pid: libc::pid_t = fdinfo.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+    // 0: of a namespace that is not seen from here; -1: gone.
+    (pid > 0).then_some(pid)
 }
 
 /// Opens a pidfd: readable when the process has exited.

@@ -25,6 +25,7 @@ use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
+use crate::process::pid_of;
 use crate::space::{AreaRecord, SpaceId};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
@@ -238,7 +239,8 @@ impl Keeper {
     /// Takes a child's greeting: from here on its faults are answered.
     fn introduce(&mut self, space: SpaceId, pid: i32, errno: i32, descriptor: Option<Private<OwnedFd>>) {
         let Some(peer) = self.peers.get_mut(&space) else { return };
-        peer.counters.pid.store(pid, Ordering::Relaxed);
+        let known_here = peer.pidfd.as_ref().and_then(|pidfd| pid_of(pidfd.as_fd()));
+        peer.counters.pid.store(known_here.unwrap_or(pid), Ordering::Relaxed);
         let (Some(uffd), true, 0) = (descriptor, peer.pidfd.is_some(), errno) else {
             // The child could not map its areas: it has none.
             return self.part_with(space);

@@ -199,4 +199,5 @@ pub(crate) fn settled(engine: &Engine, vmap: &Vmap, refcount: usize) {
         engine.settle().unwrap();
         engine.spaces().unwrap().len() == 1 && vmap.refcount().unwrap() == refcount
     });
+    super::truth::assert_truth(engine);
 }
