@@ -322,3 +322,72 @@ fn the_way_of_opening_says_what_is_served() {
         assert_eq!(touch::read(at(&region, 0)), Ok(mark(0)));
     });
 }
+
+/// T75: io_uring reads into, and writes from, missing pages.
+#[test]
+fn io_uring_reaches_missing_pages() {
+    alone("io_uring_reaches_missing_pages", || {
+        use io_uring::{IoUring, opcode, types};
+        let engine = engine();
+        needs_kernel_faults!(engine);
+        let mut ring = match IoUring::new(4) {
+            Ok(ring) => ring,
+            Err(error) => skip!("io_uring is not to be had: {error}"),
+        };
+        let mut carry_out = |entry: io_uring::squeue::Entry| {
+            // SAFETY: the buffers are pages of a region that outlives the ring's work, which is waited for.
+            unsafe { ring.submission().push(&entry) }.unwrap();
+            ring.submit_and_wait(1).unwrap();
+            ring.completion().next().unwrap().result()
+        };
+        let region = engine.vmap(&sourced_pages(32)).unwrap().attach(&AttachOptions::new()).unwrap();
+        let len = 4 * page_size() as u32;
+        let mut file = tempfile::tempfile().unwrap();
+        let fd = types::Fd(file.as_raw_fd());
+        assert_eq!(carry_out(opcode::Write::new(fd, at(&region, 3), len).build()), len as i32);
+        let mut written = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut written).unwrap();
+        assert!(written == marked(3, 4));
+        assert_eq!(carry_out(opcode::Read::new(fd, at(&region, 16), len).build()), len as i32);
+        assert!(bytes(&region, 16, 4) == marked(3, 4));
+        assert!(bytes(&region, 20, 1) == marked(20, 1));
+    });
+}
+
+/// T75: a process-shared mutex in a missing page, which each of two processes locks a thousand times.
+#[test]
+fn a_mutex_in_a_missing_page_excludes_between_processes() {
+    const ROUNDS: u64 = 1000;
+    alone("a_mutex_in_a_missing_page_excludes_between_processes", || {
+        let engine = engine();
+        needs_kernel_faults!(engine);
+        let mut list = kiomap::Kiobuf::new();
+        list.map_zero(2).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let mutex = at(&region, 0).cast::<libc::pthread_mutex_t>();
+        // SAFETY: the page is mapped, aligned, and used as this mutex only; its first touch is pthread's own.
+        unsafe {
+            let mut shared = std::mem::zeroed();
+            assert_eq!(libc::pthread_mutexattr_init(&mut shared), 0);
+            assert_eq!(libc::pthread_mutexattr_setpshared(&mut shared, libc::PTHREAD_PROCESS_SHARED), 0);
+            assert_eq!(libc::pthread_mutex_init(mutex, &shared), 0);
+        }
+        let sum = at(&region, 1).cast::<u64>();
+        let add = || {
+            for _ in 0..ROUNDS {
+                // SAFETY: both are mapped; the sum is only used under the mutex.
+                unsafe {
+                    assert_eq!(libc::pthread_mutex_lock(mutex), 0);
+                    sum.write_volatile(sum.read_volatile() + 1);
+                    assert_eq!(libc::pthread_mutex_unlock(mutex), 0);
+                }
+            }
+        };
+        let other = child(add);
+        add();
+        reap_ok(other);
+        assert_eq!(region.atomic_u64(page_size()).unwrap().load(std::sync::atomic::Ordering::Relaxed), 2 * ROUNDS);
+    });
+}
