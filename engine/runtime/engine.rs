@@ -365,7 +365,8 @@ impl Engine {
     /// Shuts the engine down: every attach from now on is refused, every fault that waits is answered.
     ///
     /// Resident pages stay readable and writable in every process, and regions stay attached until they are dropped;
-    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted.
+    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted. Those
+    /// that are forked from now on have none of the engine's memory.
     /// Deref callbacks that became due run before this returns, unless it is called from one.
     ///
     /// # Errors
