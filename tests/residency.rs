@@ -6,6 +6,7 @@ mod support;
 use std::cell::Cell;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::sync::Once;
 
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, OpenWay, Region, Residency, Revoke, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
@@ -98,7 +99,10 @@ fn is_mlocked(addr: *const u8) -> Option<bool> {
 fn assert_mlocked(addr: *const u8, expected: bool) {
     match is_mlocked(addr) {
         Some(mlocked) => assert_eq!(mlocked, expected),
-        None => tell("the flags of a page are skipped, because this user may not see them"),
+        None => {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| tell("the flags of pages are skipped, because this user may not see them"));
+        }
     }
 }
 

@@ -180,7 +180,6 @@ impl std::fmt::Debug for Region {
             .field("len_bytes", &self.len)
             .field("pgoff", &self.pgoff)
             .field("writable", &self.writable)
-            .field("locked", &self.is_locked())
             .finish_non_exhaustive()
     }
 }

@@ -388,6 +388,7 @@ impl Engine {
     ///
     /// `progress` is called on this thread, outside every lock: at the start, after each step of at most 512 pages and
     /// the holes that follow them, the last time with all pages done. It may do what it likes; faults are still answered.
+    /// Vmaps are filled one after the other, the oldest first; a page source that does not return is waited for.
     /// If it panics, what is filled by then stays, the engine is shut down with [`Shutdown::Poison`], and the panic goes
     /// on.
     ///
@@ -400,6 +401,7 @@ impl Engine {
         self.begin_shutdown()?;
         let mut attached = self.shared.vmaps.all();
         attached.retain(|vmap| vmap.refcount() > 0);
+        attached.sort_unstable_by_key(|vmap| vmap.id);
         let filled = catch_unwind(AssertUnwindSafe(|| {
             fill_all(&attached, |so_far| {
                 progress(so_far);
