@@ -1,6 +1,7 @@
 //! The library's one error type: what was asked, why it can't be, and which knob turns it.
 
 use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use crate::sys::OpenFailure;
 
@@ -133,6 +134,27 @@ pub enum Error {
         /// Its errno.
         errno: Errno,
     },
+    /// Memory that is to be locked can't be (`ENOMEM`, `EPERM` or `EAGAIN`, as the kernel says).
+    #[error("{len} bytes can't be locked in memory: {errno} ({})", lock_knob(*limit, *errno))]
+    MemoryLock {
+        /// The length in bytes of what was to be locked.
+        len: usize,
+        /// The RLIMIT_MEMLOCK of the process in bytes, for all that it locks; `u64::MAX` stands for no limit.
+        limit: u64,
+        /// The kernel's errno.
+        errno: Errno,
+    },
+}
+
+/// The knob of the errnos of mlock2.
+fn lock_knob(limit: u64, errno: Errno) -> String {
+    if errno == Errno::ENOSYS {
+        return "mlock2 comes with Linux 4.4".into();
+    }
+    let limit = if limit == RLIM_INFINITY { "without limit".into() } else { format!("{limit} bytes in all") };
+    format!(
+        "RLIMIT_MEMLOCK is {limit}: raise it, `ulimit -l`, grant CAP_IPC_LOCK, or let the vmap be swapped, `Residency`"
+    )
 }
 
 /// The knob that usually mends an errno, as a suffix of a message.
@@ -167,8 +189,14 @@ impl Error {
             Error::NotOwner { .. } => Errno::EPERM,
             Error::WouldDeadlock { .. } => Errno::EDEADLK,
             Error::Open(failure) => failure.errno(),
-            Error::Sys { errno, .. } => *errno,
+            Error::Sys { errno, .. } | Error::MemoryLock { errno, .. } => *errno,
         }
+    }
+
+    /// Builds the error of `len` bytes that can't be locked.
+    pub(crate) fn memory_lock(len: usize, errno: Errno) -> Error {
+        let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(RLIM_INFINITY, |(soft, _)| soft);
+        Error::MemoryLock { len, limit, errno }
     }
 
     /// Builds the error of a failed system call.

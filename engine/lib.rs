@@ -59,6 +59,8 @@ pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,
     range_ioctls,
 };
+pub use vmap::fill::FillProgress;
+pub use vmap::residency::Residency;
 pub use vmap::{Revoke, Vmap, VmapBuilder};
 
 /// The example of the README, compiled and run as a test.

@@ -54,6 +54,9 @@ counters! {
     reads,
     /// Processes that were noticed to be gone (exit, kill or exec).
     processes_gone,
+    /// Areas, in any process, that were to be locked in memory if allowed
+    /// ([`Residency::LockedIfAllowed`](crate::Residency::LockedIfAllowed)) and are not.
+    lock_downgrades,
 }
 
 /// Adds to a counter.

@@ -14,7 +14,12 @@ pub(crate) enum Local {
     /// This process created the engine.
     Owner { uffd: Arc<Private<Userfault>> },
     /// This process was forked from one that the engine serves.
-    Child { uffd: Arc<Private<Userfault>>, lifeline: Lifeline },
+    Child {
+        uffd: Arc<Private<Userfault>>,
+        lifeline: Lifeline,
+        /// The regions of which a part was to be locked if allowed, and is not in this process.
+        unlocked: Vec<u64>,
+    },
     /// This process was forked, but could not be connected.
     Lost { why: String },
 }

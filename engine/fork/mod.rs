@@ -202,15 +202,18 @@ fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Loca
         call(|ready| started = spawn_in_child(Role::Guard, shared.id, move || guard.run(|| ready.answer(()))));
         started?;
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
-        lifeline.greet(Ask::Hello { pid, errno: 0 }, Some(attached.uffd.as_fd()))?;
+        lifeline.greet(
+            Ask::Hello { pid, errno: 0, nr_unlocked: attached.unlocked.len() as u64 },
+            Some(attached.uffd.as_fd()),
+        )?;
         lifeline.welcomed()?;
         std::mem::take(&mut attached.mappings).into_iter().for_each(Mapping::release);
-        Ok(Arc::clone(&attached.uffd))
+        Ok((Arc::clone(&attached.uffd), std::mem::take(&mut attached.unlocked)))
     });
     match outcome {
-        Ok(uffd) => Ok(Local::Child { uffd, lifeline }),
+        Ok((uffd, unlocked)) => Ok(Local::Child { uffd, lifeline, unlocked }),
         Err(error) => {
-            let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32 }, None);
+            let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32, nr_unlocked: 0 }, None);
             Err(error)
         }
     }
@@ -230,6 +233,8 @@ fn reserve_all(records: &[AreaRecord]) -> std::result::Result<(), Errno> {
 struct Reattached {
     uffd: Arc<Private<Userfault>>,
     mappings: Vec<Mapping>,
+    /// For each area that was to be locked if allowed, and is not: its region.
+    unlocked: Vec<u64>,
 }
 
 impl Drop for Reattached {
@@ -246,7 +251,8 @@ impl Drop for Reattached {
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
     let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
-    let mut attached = Reattached { uffd: Arc::new(uffd), mappings: Vec::with_capacity(records.len()) };
+    let mut attached =
+        Reattached { uffd: Arc::new(uffd), mappings: Vec::with_capacity(records.len()), unlocked: Vec::new() };
     for record in records {
         let vmap =
             shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
@@ -256,6 +262,9 @@ fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattac
         attached.mappings.push(mapping);
         attached.uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
         if let Some(mapping) = attached.mappings.last() {
+            if vmap.residency.is_downgraded(vmap.residency.apply(mapping)?) {
+                attached.unlocked.push(record.region);
+            }
             mapping.reveal(record.is_writable())?;
         }
         // The child's copy of the table holds it too; one reference must outlive the child's handles.

@@ -23,8 +23,9 @@ const BYTES: usize = WORDS * 8;
 pub(crate) enum Ask {
     /// "This is my pidfd."
     Watch,
-    /// "My areas are mapped and registered": with the userfaultfd. With `errno` ≠ 0: they are not.
-    Hello { pid: i32, errno: i32 },
+    /// "My areas are mapped and registered": with the userfaultfd. With `errno` ≠ 0: they are not. So many of them were to
+    /// be locked if allowed, and are not.
+    Hello { pid: i32, errno: i32, nr_unlocked: u64 },
     /// "Count and serve this area, which I have mapped and registered."
     Attach(AreaRecord),
     /// "Of which ranges does this region consist now?"
@@ -56,7 +57,7 @@ type Words = [u64; WORDS];
 impl Ask {
     fn to_words(self) -> Words {
         match self {
-            Ask::Hello { pid, errno } => words(1, &[pid as u64, errno as u64]),
+            Ask::Hello { pid, errno, nr_unlocked } => words(1, &[pid as u64, errno as u64, nr_unlocked]),
             Ask::Attach(r) => words(2, &[r.start, r.len, r.pgoff, r.region, r.vmap, r.flags]),
             Ask::Pieces { region } => words(3, &[region]),
             Ask::Sync => words(4, &[]),
@@ -68,7 +69,7 @@ impl Ask {
 
     fn from_words(w: &Words) -> Option<Ask> {
         Some(match w[1] {
-            1 => Ask::Hello { pid: w[2] as i32, errno: w[3] as i32 },
+            1 => Ask::Hello { pid: w[2] as i32, errno: w[3] as i32, nr_unlocked: w[4] },
             2 => Ask::Attach(AreaRecord { start: w[2], len: w[3], pgoff: w[4], region: w[5], vmap: w[6], flags: w[7] }),
             3 => Ask::Pieces { region: w[2] },
             4 => Ask::Sync,
@@ -228,7 +229,7 @@ mod tests {
         let (a, b) = pair();
         let record = AreaRecord { start: 1 << 40, len: 8192, pgoff: 3, region: 4, vmap: 5, flags: 1 };
         let asks = [
-            Ask::Hello { pid: 77, errno: 24 },
+            Ask::Hello { pid: 77, errno: 24, nr_unlocked: 3 },
             Ask::Attach(record),
             Ask::Pieces { region: 9 },
             Ask::Sync,

@@ -131,6 +131,11 @@ impl Kiobuf {
         *self = Self::new();
     }
 
+    /// Describes the extent that holds a page.
+    pub(crate) fn extent_at(&self, pgoff: u64) -> Option<ExtentInfo> {
+        nopage::extent_at(&self.inner.extents, pgoff).map(Extent::info)
+    }
+
     /// Looks a page up; no system call, no lock, no allocation.
     pub(crate) fn nopage(&self, pgoff: u64) -> Nopage {
         nopage::nopage(&self.inner.extents, pgoff)

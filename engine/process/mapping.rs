@@ -66,6 +66,8 @@ impl Mapping {
         let addr = match (mapped, placement) {
             (Ok(addr), _) => addr.as_ptr() as usize,
             (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
+            // The application has asked for all memory to be locked (MCL_FUTURE).
+            (Err(Errno::EAGAIN), _) => return Err(Error::memory_lock(len, Errno::EAGAIN)),
             (Err(errno), _) => return Err(Error::sys("mmap of a vmap")(errno)),
         };
         let from_reservation = matches!(placement, Placement::Reserved(_));
@@ -80,6 +82,12 @@ impl Mapping {
         unsafe { madvise(mapping.pointer(), len, MmapAdvise::MADV_DONTFORK) }
             .map_err(Error::sys("madvise(MADV_DONTFORK)"))?;
         Ok(mapping)
+    }
+
+    /// Has each page locked in memory when it comes; brings none.
+    pub(crate) fn lock_on_fault(&self) -> std::result::Result<(), Errno> {
+        // SAFETY: changes no byte; the range is this mapping.
+        Errno::result(unsafe { libc::mlock2(self.pointer().as_ptr(), self.len, libc::MLOCK_ONFAULT) }).map(drop)
     }
 
     /// Gives the mapping its access, after it was registered.

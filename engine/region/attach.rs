@@ -17,6 +17,7 @@ use crate::runtime::insert::{NewArea, insert};
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
+use crate::stats::add;
 use crate::sys::Userfault;
 use crate::vmap::Vmap;
 use crate::vmap::core::{Caller, VmapCore};
@@ -124,8 +125,9 @@ impl Vmap {
     ///
     /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
     /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
-    /// [`Error::AddressTaken`]; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with `ENOMEM` for want of
-    /// address space or mappings. Mappings, count and registrations are then as before.
+    /// [`Error::AddressTaken`]; [`Error::MemoryLock`] when the vmap is to be locked in memory, or all memory of the process
+    /// is (`mlockall`), and the kernel refuses that; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with
+    /// `ENOMEM` for want of address space or mappings. Mappings, count and registrations are then as before.
     pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
         attach(&self.core, &self.shared, options, None)
     }
@@ -209,6 +211,9 @@ fn attach(
     };
     uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
     let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
+    // Registered and still hidden: even a kernel that brought pages for it could not bring zeros.
+    let locked = core.residency.apply(&mapping)?;
+    let downgraded = core.residency.is_downgraded(locked);
     let id = shared.new_region_id();
     let first = match &*local {
         Local::Child { lifeline, .. } => {
@@ -218,7 +223,8 @@ fn attach(
                 pgoff: options.pgoff,
                 region: id,
                 vmap: core.id,
-                flags: AreaRecord::flags(options.writable, options.inherit),
+                flags: AreaRecord::flags(options.writable, options.inherit)
+                    | (AreaRecord::UNLOCKED * u64::from(downgraded)),
             };
             let answer = {
                 let _gate = gate();
@@ -233,7 +239,11 @@ fn attach(
             }
             first
         }
-        _ => count_and_insert(core, shared, options, &registration, id, transition)?,
+        _ => {
+            let first = count_and_insert(core, shared, options, &registration, id, transition)?;
+            add(&shared.counters.lock_downgrades, downgraded.into());
+            first
+        }
     };
     let region = Region {
         core: Arc::clone(core),
@@ -245,6 +255,7 @@ fn attach(
         writable: options.writable,
         inherit: options.inherit,
         first,
+        locked,
         depth: depth(),
     };
     drop(registration);

@@ -17,6 +17,7 @@ use crate::runtime::shared::EngineShared;
 use crate::space::OWN_SPACE;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
+use crate::vmap::residency::Residency;
 use crate::{Error, Result};
 
 /// Holds a mapped range of a vmap in this process (`vm_area_struct` and `mmap_kiobuf`); dropping it unmaps the range.
@@ -37,6 +38,8 @@ pub struct Region {
     writable: bool,
     inherit: bool,
     first: bool,
+    /// In the process in which it was attached.
+    locked: bool,
     /// The process in which it was attached.
     depth: u32,
 }
@@ -71,6 +74,20 @@ impl Region {
     /// Tells whether this attach was the first of its vmap: the count went from 0 to 1.
     pub fn is_first(&self) -> bool {
         self.first
+    }
+
+    /// Tells whether the engine has locked the region in this process: its pages are not swapped out once they have come
+    /// here ([`Residency`](crate::Residency)). What the application itself locks or unlocks is not asked for.
+    pub fn is_locked(&self) -> bool {
+        if depth() == self.depth {
+            return self.locked;
+        }
+        match &*self.shared.local() {
+            Local::Child { unlocked, .. } => {
+                self.inherit && self.core.residency != Residency::Swappable && !unlocked.contains(&self.id)
+            }
+            Local::Owner { .. } | Local::Lost { .. } => false,
+        }
     }
 
     /// Returns the vmap that is attached.

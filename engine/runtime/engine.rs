@@ -1,7 +1,8 @@
 //! The engine's handle: how it is built, watched and shut down.
 
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -26,6 +27,7 @@ use crate::space::OWN_SPACE;
 use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
 use crate::vmap::core::Notice;
+use crate::vmap::fill::{FillProgress, fill_all};
 use crate::vmap::registry::Registry;
 use crate::vmap::{Vmap, VmapBuilder};
 use crate::{Error, Result};
@@ -363,7 +365,8 @@ impl Engine {
     /// Shuts the engine down: every attach from now on is refused, every fault that waits is answered.
     ///
     /// Resident pages stay readable and writable in every process, and regions stay attached until they are dropped;
-    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted.
+    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted. Those
+    /// that are forked from now on have none of the engine's memory.
     /// Deref callbacks that became due run before this returns, unless it is called from one.
     ///
     /// # Errors
@@ -371,20 +374,54 @@ impl Engine {
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] when it was shut down before;
     /// [`Error::WouldDeadlock`] when a page source asks to fill on a thread that fills pages already.
     pub fn shutdown(&self, how: Shutdown) -> Result<()> {
-        self.owner_only("a shutdown")?;
-        if how == Shutdown::Fill {
-            crate::vmap::refuse_nested("a shutdown that fills")?;
-        }
-        if self.shared.retired.swap(true, Ordering::SeqCst) {
-            return Err(Error::Shutdown);
-        }
-        if how == Shutdown::Fill {
-            for vmap in self.shared.vmaps.all() {
-                if vmap.refcount() > 0 {
-                    crate::vmap::fill_all(&vmap);
-                }
+        match how {
+            Shutdown::Fill => self.shutdown_filling(|_| {}),
+            Shutdown::Poison => {
+                self.begin_shutdown()?;
+                self.finish_shutdown();
+                Ok(())
             }
         }
+    }
+
+    /// Shuts the engine down with [`Shutdown::Fill`], and tells how far it has filled.
+    ///
+    /// `progress` is called on this thread, outside every lock: at the start, after each step of at most 512 pages and
+    /// the holes that follow them, the last time with all pages done. It may do what it likes; faults are still answered.
+    /// Vmaps are filled one after the other, the oldest first; a page source that does not return is waited for.
+    /// If it panics, what is filled by then stays, the engine is shut down with [`Shutdown::Poison`], and the panic goes
+    /// on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::shutdown`]; [`Error::NotOwner`] also in a process that `progress` forked and let return.
+    pub fn shutdown_filling(&self, mut progress: impl FnMut(FillProgress)) -> Result<()> {
+        self.owner_only("a shutdown")?;
+        crate::vmap::refuse_nested("a shutdown that fills")?;
+        self.begin_shutdown()?;
+        let mut attached = self.shared.vmaps.all();
+        attached.retain(|vmap| vmap.refcount() > 0);
+        attached.sort_unstable_by_key(|vmap| vmap.id);
+        let filled = catch_unwind(AssertUnwindSafe(|| {
+            fill_all(&attached, |so_far| {
+                progress(so_far);
+                if self.shared.is_child() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+        }));
+        let finished = self.owner_only("a shutdown").map(|()| self.finish_shutdown());
+        if let Err(panic) = filled {
+            resume_unwind(panic);
+        }
+        finished
+    }
+
+    /// Refuses every later attach and fill.
+    fn begin_shutdown(&self) -> Result<()> {
+        self.owner_only("a shutdown")?;
+        if self.shared.retired.swap(true, Ordering::SeqCst) { Err(Error::Shutdown) } else { Ok(()) }
+    }
+
+    fn finish_shutdown(&self) {
         // From here on the fault-handling thread only guards, as long as a region is left; then it ends.
         let _ = self.shared.handler.ask(|reply| Command::Retire { reply });
         let role = threads::current_role(self.shared.id);
@@ -410,7 +447,6 @@ impl Engine {
                 let _ = thread.join();
             }
         }
-        Ok(())
     }
 
     #[cfg(test)]

@@ -202,7 +202,10 @@ impl Keeper {
     fn serve(&mut self, space: SpaceId, ask: Ask, descriptor: Option<Private<OwnedFd>>) {
         let reply = match ask {
             Ask::Watch => return self.watch(space, descriptor),
-            Ask::Hello { pid, errno } => return self.introduce(space, pid, errno, descriptor),
+            Ask::Hello { pid, errno, nr_unlocked } => {
+                add(&self.shared.counters.lock_downgrades, nr_unlocked);
+                return self.introduce(space, pid, errno, descriptor);
+            }
             Ask::Attach(record) => match self.attach(space, &record) {
                 Ok(Some(first)) => Ok((Reply::Attached { first }, None)),
                 Ok(None) => {
@@ -301,6 +304,9 @@ impl Keeper {
         if first {
             // Only this thread puts attaches off, and it did not meanwhile.
             vmap.transition_done();
+        }
+        if inserted.is_ok() && record.flags & AreaRecord::UNLOCKED != 0 {
+            add(&self.shared.counters.lock_downgrades, 1);
         }
         inserted.map(|()| Some(first))
     }

@@ -52,7 +52,7 @@ pub(crate) struct AreaRecord {
     pub(crate) pgoff: u64,
     pub(crate) region: u64,
     pub(crate) vmap: u64,
-    /// A set of [`AreaRecord::WRITABLE`] and [`AreaRecord::INHERIT`].
+    /// A set of [`AreaRecord::WRITABLE`], [`AreaRecord::INHERIT`] and [`AreaRecord::UNLOCKED`].
     pub(crate) flags: u64,
 }
 
@@ -62,6 +62,8 @@ impl AreaRecord {
     pub(crate) const WRITABLE: u64 = 1;
     /// A forked child gets the area too.
     pub(crate) const INHERIT: u64 = 2;
+    /// In an attach of a child: the mapping was to be locked if allowed, and is not.
+    pub(crate) const UNLOCKED: u64 = 4;
 
     pub(crate) fn flags(writable: bool, inherit: bool) -> u64 {
         (Self::WRITABLE * u64::from(writable)) | (Self::INHERIT * u64::from(inherit))

@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::residency::Residency;
 use super::window::Window;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
@@ -51,6 +52,8 @@ pub(crate) struct VmapCore {
     memfd: OwnedFd,
     nr_pages: AtomicU64,
     pub(crate) expandable: bool,
+    /// What each mapping of it gets, in every process.
+    pub(crate) residency: Residency,
     refcount: AtomicUsize,
     count: Mutex<Count>,
     /// Signalled when an owed callback has run or a transition closure has returned.
@@ -127,6 +130,7 @@ impl VmapCore {
             memfd,
             nr_pages: AtomicU64::new(list.nr_pages()),
             expandable,
+            residency: Residency::default(),
             refcount: AtomicUsize::new(0),
             count: Mutex::default(),
             settled: Condvar::new(),

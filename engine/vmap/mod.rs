@@ -1,7 +1,9 @@
 //! The noun `Vmap`: one page list published as shared memory, with its count of attached areas and its deref callback.
 
 pub(crate) mod core;
+pub(crate) mod fill;
 pub(crate) mod registry;
+pub(crate) mod residency;
 pub(crate) mod window;
 
 use std::any::Any;
@@ -14,17 +16,15 @@ use nix::sys::uio::{pread, pwrite};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::kiobuf::{ExtentKind, Kiobuf};
+use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::{Error, Result};
 use core::{Contents, DerefFn, VmapCore};
+use residency::Residency;
 use window::{Window, is_resident};
-
-/// Pages filled in one step when a whole vmap is filled.
-const FILL_STEP_PAGES: u64 = 512;
 
 /// Shares a page list with every process that attaches it (`struct kiobuf_vmap`).
 ///
@@ -54,11 +54,19 @@ pub struct VmapBuilder {
     on_deref: Option<DerefFn>,
     user_data: Option<Box<dyn Any + Send + Sync>>,
     expandable: bool,
+    residency: Residency,
 }
 
 impl VmapBuilder {
     pub(crate) fn new(shared: Arc<EngineShared>, list: Kiobuf) -> VmapBuilder {
-        VmapBuilder { shared, list, on_deref: None, user_data: None, expandable: false }
+        VmapBuilder {
+            shared,
+            list,
+            on_deref: None,
+            user_data: None,
+            expandable: false,
+            residency: Residency::default(),
+        }
     }
 
     /// Sets the deref callback: called each time the last attached area is gone, in any process, once.
@@ -86,6 +94,17 @@ impl VmapBuilder {
         self
     }
 
+    /// Sets whether pages may be swapped out while a process has them mapped; they may unless set
+    /// ([`Residency::Swappable`]).
+    ///
+    /// It holds for every mapping of the vmap in every process: each attach, and each forked child's areas, is locked anew.
+    /// What the application locks or unlocks itself (`mlock`, `munlock`, `mlockall`) stays as it says in that process.
+    #[must_use]
+    pub fn residency(mut self, residency: Residency) -> Self {
+        self.residency = residency;
+        self
+    }
+
     /// Publishes the list.
     ///
     /// # Errors
@@ -94,11 +113,13 @@ impl VmapBuilder {
     /// memory of the list lies in a region of an engine; [`Error::Overflow`] when the list has more bytes than a file
     /// can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
-        let VmapBuilder { shared, list, on_deref, user_data, expandable } = self;
+        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency } = self;
         owner_only(&shared, "publishing a vmap")?;
         refuse_own_memory(&list)?;
         let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
-        let core = Arc::new(VmapCore::new(&shared.opener, id, list, expandable, on_deref, user_data, notices)?);
+        let mut core = VmapCore::new(&shared.opener, id, list, expandable, on_deref, user_data, notices)?;
+        core.residency = residency;
+        let core = Arc::new(core);
         shared.vmaps.enter(&core);
         Ok(Vmap { core, shared })
     }
@@ -163,6 +184,11 @@ impl Vmap {
             },
             Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
         }
+    }
+
+    /// Tells whether pages may be swapped out, as the vmap was built.
+    pub fn residency(&self) -> Residency {
+        self.core.residency
     }
 
     /// Returns the value that the vmap was built with, if it is a `T`.
@@ -358,22 +384,4 @@ impl std::fmt::Debug for Vmap {
 /// may wait for that filling.
 pub(crate) fn refuse_nested(what: &'static str) -> Result<()> {
     if window::is_reading() { Err(Error::WouldDeadlock { what, thread: "filling" }) } else { Ok(()) }
-}
-
-/// Fills every page of a vmap that can be had, for a shutdown.
-pub(crate) fn fill_all(core: &VmapCore) {
-    let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
-    let Contents { list, window: Some(window), .. } = core.contents() else { return };
-    for extent in list.extents().filter(|extent| extent.kind != ExtentKind::Hole) {
-        let end = extent.first_page + extent.nr_pages;
-        let mut pgoff = extent.first_page;
-        while pgoff < end {
-            let step = (pgoff + FILL_STEP_PAGES).min(end);
-            pgoff = match window.fill(&list, core.memfd(), pgoff, step) {
-                Ok(()) => step,
-                Err(Error::NoPage { pgoff, .. }) => pgoff + 1,
-                Err(_) => return,
-            };
-        }
-    }
 }
