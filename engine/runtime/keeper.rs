@@ -3,6 +3,8 @@
 //! It may allocate, lock and wait for the fault-handling thread; it never waits for a process, a source or a callback.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,12 +22,14 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{NewArea, insert};
 use super::shared::EngineShared;
+use super::strays::{Finding, Shown};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
-use crate::space::{AreaRecord, SpaceId};
+use crate::process::maps::{self, Vma};
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
 use crate::vmap::core::{Caller, Notice, Opened};
@@ -64,6 +68,13 @@ pub(crate) struct Keeper {
     ended: bool,
 }
 
+/// The number of a process that has not ended, in the engine's own namespace; it may call itself by another.
+fn pid_of(pidfd: &Private<OwnedFd>) -> Option<i32> {
+    let text = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    pid.trim().parse().ok().filter(|&pid| pid > 0)
+}
+
 fn lifeline_token(space: SpaceId) -> u64 {
     space * 2
 }
@@ -93,6 +104,7 @@ impl Keeper {
 
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
+        self.shared.keeper.is_here();
         let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
@@ -145,9 +157,40 @@ impl Keeper {
             match post {
                 Post::Closed(area) => area.target.vmap.close(1),
                 Post::Gone(space) => self.look_after(space),
+                Post::Stray { space, addr } => {
+                    let finding = self.find(space, addr);
+                    self.shared.handler.send(Command::Found { space, addr, finding });
+                }
                 Post::HandlerEnded => self.ended = true,
             }
         }
+    }
+
+    /// Looks an address up in the kernel's own table of a process.
+    fn find(&self, space: SpaceId, addr: usize) -> Finding {
+        // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
+        let Some(maps) = self.open_maps(space) else { return Finding::Foreign };
+        match maps::find(BufReader::new(&*maps), addr) {
+            Ok(None) => Finding::Nothing,
+            Ok(Some(Vma { hidden: true, .. })) => Finding::Nothing,
+            Ok(Some(Vma { range, offset, file, .. })) => match self.shared.vmaps.find_by_file(file) {
+                Some(vmap) => Finding::Vmap(Shown { range, pgoff: offset / page_size() as u64, vmap: vmap.id }),
+                None => Finding::Foreign,
+            },
+            Err(_) => Finding::Foreign,
+        }
+    }
+
+    fn open_maps(&self, space: SpaceId) -> Option<Private<File>> {
+        if space == OWN_SPACE {
+            // Not `self`: that is the first thread, which may have ended before the process.
+            return Private::open(|| File::open("/proc/thread-self/maps")).ok();
+        }
+        let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
+        let pid = pid_of(pidfd)?;
+        let maps = Private::open(|| File::open(format!("/proc/{pid}/maps"))).ok()?;
+        // It still is: the number was not another process's meanwhile.
+        (pid_of(pidfd)? == pid).then_some(maps)
     }
 
     fn obey_requests(&mut self) {
