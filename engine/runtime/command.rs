@@ -50,7 +50,9 @@ pub(crate) enum Command {
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
     /// Copies every space and its areas into the asker's memory.
     View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
-    /// Tells what the keeper found at the address of a stray.
+    /// The keeper is about to look an address up; answers whether it should.
+    Probe { space: SpaceId, addr: usize, reply: Ticket<bool> },
+    /// Tells what the keeper found at an address.
     Found { space: SpaceId, addr: usize, finding: Finding },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
@@ -68,7 +70,7 @@ pub(crate) enum Post {
     Closed(Area<Target>),
     /// A space's process seems to be gone (ESRCH).
     Gone(SpaceId),
-    /// A fault on an address that no event told of: look it up.
+    /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
     Stray { space: SpaceId, addr: usize },
     /// The thread has ended: no area is left and none will come.
     HandlerEnded,

@@ -209,7 +209,7 @@ impl Handler {
             if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, parked, strays, unsent, shared, resolver, .. } = self;
+            let Handler { spaces, messages, pending, parked, strays, unsent, shared, keeper, resolver, .. } = self;
             let space = &mut spaces[index];
             let Some(uffd) = space.uffd.clone() else { return };
             let read = uffd.read(messages, |message| match message {
@@ -232,12 +232,27 @@ impl Handler {
                         Message::Remap { from, len, .. } => from..from + len,
                         _ => 0..0,
                     };
+                    // What the event does not say: whether the old range is left, and where the new one ends.
+                    let beside = match event {
+                        Message::Remap { from, to, len } => Some([from, to + len]),
+                        _ => None,
+                    };
                     apply_event(shared, space, &uffd, event, unsent);
                     // Their threads were woken. Answered later, they might meet another region at the address.
                     for faults in [&mut *pending, &mut *parked] {
                         faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
                     }
                     strays.unmapped(id, &gone);
+                    if let Some(beside) = beside {
+                        for addr in beside {
+                            // Without place or room: when it is touched.
+                            if strays.probe(id, addr) == Held::New
+                                && keeper.try_post(Post::Stray { space: id, addr }).is_err()
+                            {
+                                strays.take(id, addr);
+                            }
+                        }
+                    }
                 }
             });
             match read {
@@ -318,12 +333,12 @@ impl Handler {
         }
     }
 
-    /// Answers a stray, now that it is known what lies at its address.
+    /// Follows what the keeper found at an address, and answers the thread that waits there.
     fn found(&mut self, id: SpaceId, addr: usize, finding: &Finding) {
         let Some((fault, untouched)) = self.strays.take(id, addr) else { return };
         let Some(index) = self.index_of(id) else { return };
         let space = &mut self.spaces[index];
-        let adopted = match finding {
+        let known = match finding {
             // An event that came meanwhile told of it.
             _ if space.table.find(addr).is_some() => Ok(true),
             Finding::Vmap(shown) => adopt(space, addr, shown, &untouched).inspect(|&adopted| {
@@ -333,8 +348,8 @@ impl Handler {
             Finding::Nothing => Err(Errno::ENOENT),
             Finding::Foreign => Ok(false),
         };
-        let space = &self.spaces[index];
-        match (adopted, &space.uffd) {
+        let (Some(fault), space) = (fault, &self.spaces[index]) else { return };
+        match (known, &space.uffd) {
             (Ok(true), _) => self.answer(fault),
             (Ok(false), _) => {
                 let answer = self.resolver.refuse_stray(space, addr);
@@ -505,6 +520,10 @@ impl Handler {
             Command::View { mut view, reply } => {
                 let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
                 reply.answer((view, outcome));
+            }
+            Command::Probe { space, addr, reply } => {
+                let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
+                reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
             }
             Command::Found { space, addr, finding } => self.found(space, addr, &finding),
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),

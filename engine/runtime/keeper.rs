@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::BufReader;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,13 +21,12 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{NewArea, insert};
 use super::shared::EngineShared;
-use super::strays::{Finding, Shown};
+use super::strays::{Finding, find, open_own_maps};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
-use crate::process::maps::{self, Vma};
 use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
@@ -127,6 +125,8 @@ impl Keeper {
                     }
                 }
                 self.count_posts();
+                // What was looked up for that.
+                let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
                 self.settling.drain(..).for_each(|reply| reply.answer(()));
             }
         }
@@ -157,34 +157,39 @@ impl Keeper {
             match post {
                 Post::Closed(area) => area.target.vmap.close(1),
                 Post::Gone(space) => self.look_after(space),
-                Post::Stray { space, addr } => {
-                    let finding = self.find(space, addr);
-                    self.shared.handler.send(Command::Found { space, addr, finding });
-                }
+                Post::Stray { space, addr } => self.look_up(space, addr),
                 Post::HandlerEnded => self.ended = true,
             }
         }
     }
 
+    /// Looks an address up of which nobody was told, and at which nobody waits.
+    fn probe(&self, space: SpaceId, addr: usize) {
+        if is_aligned(addr)
+            && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply }).is_ok_and(|wanted| wanted)
+        {
+            self.look_up(space, addr);
+        }
+    }
+
+    /// Tells the fault-handling thread what lies at an address.
+    fn look_up(&self, space: SpaceId, addr: usize) {
+        let finding = self.find(space, addr);
+        self.shared.handler.send(Command::Found { space, addr, finding });
+    }
+
     /// Looks an address up in the kernel's own table of a process.
     fn find(&self, space: SpaceId, addr: usize) -> Finding {
         // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
-        let Some(maps) = self.open_maps(space) else { return Finding::Foreign };
-        match maps::find(BufReader::new(&*maps), addr) {
-            Ok(None) => Finding::Nothing,
-            Ok(Some(Vma { hidden: true, .. })) => Finding::Nothing,
-            Ok(Some(Vma { range, offset, file, .. })) => match self.shared.vmaps.find_by_file(file) {
-                Some(vmap) => Finding::Vmap(Shown { range, pgoff: offset / page_size() as u64, vmap: vmap.id }),
-                None => Finding::Foreign,
-            },
-            Err(_) => Finding::Foreign,
-        }
+        let maps = self.open_maps(space);
+        maps.map_or(Finding::Foreign, |maps| {
+            find(&maps, addr, |file| self.shared.vmaps.find_by_file(file).map(|vmap| vmap.id))
+        })
     }
 
     fn open_maps(&self, space: SpaceId) -> Option<Private<File>> {
         if space == OWN_SPACE {
-            // Not `self`: that is the first thread, which may have ended before the process.
-            return Private::open(|| File::open("/proc/thread-self/maps")).ok();
+            return open_own_maps().ok();
         }
         let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
         let pid = pid_of(pidfd)?;
@@ -258,6 +263,10 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
+            Ask::LookUp { addr } => {
+                self.probe(space, addr as usize);
+                Ok((Reply::Done, None))
+            }
             Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),

@@ -1,16 +1,21 @@
 //! Strays: faults on addresses that lie in no area of the table.
 //!
-//! Some are honest. The kernel sends no event when `mremap` grows a mapping in place, maps it a second time, or, with
-//! `MREMAP_DONTUNMAP`, leaves the old range mapped; all these are registered like what they came from. But its own table
-//! knows them. So the thread that touched sleeps on while the keeper looks the address up in `/proc/PID/maps`; what shows
-//! pages of a vmap becomes an area, and anything else is SIGBUS.
+//! Some are honest. The kernel sends no event when `mremap` grows a mapping in place, and does not say what else is
+//! mapped after one that moved: that with `MREMAP_DONTUNMAP` the old range is left, where the new one ends, that with a
+//! length of zero it is a second mapping. All these are registered like what they came from, and its own table knows
+//! them. So the keeper looks an address up in `/proc/PID/maps`: at a touch, while the thread sleeps on; after a move; and
+//! behind a region that is dropped. What shows pages of a vmap becomes an area; a touch of anything else is SIGBUS.
 
+use std::fs::File;
+use std::io::{self, BufReader};
 use std::ops::Range;
 
 use nix::errno::Errno;
 
 use super::fault::Fault;
 use crate::page::page_size;
+use crate::process::ledger::Private;
+use crate::process::maps::{self, Vma};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{Space, SpaceId, Target};
@@ -38,23 +43,44 @@ pub(crate) struct Shown {
     pub(crate) vmap: u64,
 }
 
-/// A stray that is being looked up.
+/// Opens the kernel's table of the own process. Not by way of `self`: that is the first thread, which may have ended
+/// before the process.
+pub(crate) fn open_own_maps() -> io::Result<Private<File>> {
+    Private::open(|| File::open("/proc/thread-self/maps"))
+}
+
+/// Looks an address up; `vmap` tells which vmap a file backs.
+pub(crate) fn find(maps: &File, addr: usize, vmap: impl FnOnce((libc::dev_t, libc::ino_t)) -> Option<u64>) -> Finding {
+    match maps::find(BufReader::new(maps), addr) {
+        Ok(None | Some(Vma { hidden: true, .. })) => Finding::Nothing,
+        Ok(Some(Vma { range, offset, file, .. })) => match vmap(file) {
+            Some(vmap) => Finding::Vmap(Shown { range, pgoff: offset / page_size() as u64, vmap }),
+            None => Finding::Foreign,
+        },
+        Err(_) => Finding::Foreign,
+    }
+}
+
+/// An address that is being looked up.
 struct Lookup {
-    fault: Fault,
-    /// Around its address: what no event has unmapped or moved since the question. A finding may be older than that.
+    space: SpaceId,
+    addr: usize,
+    /// The thread that waits there, if one does.
+    fault: Option<Fault>,
+    /// Around the address: what no event has unmapped or moved since the question. A finding may be older than that.
     untouched: Range<usize>,
 }
 
-/// Whether a stray is to be looked up.
+/// Whether an address is to be looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
     New,
-    /// Another thread's touch of the same page is being looked up.
+    /// It is being looked up already.
     Known,
     NoPlace,
 }
 
-/// The strays that are being looked up.
+/// The addresses that are being looked up.
 pub(crate) struct Strays(MmapVec<Lookup>);
 
 impl Strays {
@@ -66,23 +92,34 @@ impl Strays {
 
     /// Holds a fault while its address is looked up.
     pub(crate) fn hold(&mut self, fault: Fault) -> Held {
-        if self.index_of(fault.space, fault.addr).is_some() {
+        self.enter(fault.space, fault.addr, Some(fault))
+    }
+
+    /// Has an address looked up at which nobody waits.
+    pub(crate) fn probe(&mut self, space: SpaceId, addr: usize) -> Held {
+        self.enter(space, addr, None)
+    }
+
+    fn enter(&mut self, space: SpaceId, addr: usize, fault: Option<Fault>) -> Held {
+        if let Some(index) = self.index_of(space, addr) {
+            let held = &mut self.0[index].fault;
+            *held = held.or(fault);
             return Held::Known;
         }
-        let lookup = Lookup { fault, untouched: 0..usize::MAX };
+        let lookup = Lookup { space, addr, fault, untouched: 0..usize::MAX };
         if self.0.len() < LOOKUPS && self.0.try_push(lookup).is_ok() { Held::New } else { Held::NoPlace }
     }
 
-    /// Takes a fault out, with the range around it in which a finding still holds.
-    pub(crate) fn take(&mut self, space: SpaceId, addr: usize) -> Option<(Fault, Range<usize>)> {
+    /// Takes an address out: the fault there, and the range around it in which a finding still holds.
+    pub(crate) fn take(&mut self, space: SpaceId, addr: usize) -> Option<(Option<Fault>, Range<usize>)> {
         let index = self.index_of(space, addr)?;
-        let Lookup { fault, untouched } = self.0.swap_remove(index);
+        let Lookup { fault, untouched, .. } = self.0.swap_remove(index);
         Some((fault, untouched))
     }
 
-    /// Takes any fault out.
+    /// Takes any fault out, and forgets what nobody waits for.
     pub(crate) fn pop(&mut self) -> Option<Fault> {
-        self.0.pop().map(|lookup| lookup.fault)
+        std::iter::from_fn(|| self.0.pop()).find_map(|lookup| lookup.fault)
     }
 
     /// Follows an unmap or a move away. Threads that wait in the range were woken: they are forgotten.
@@ -90,9 +127,9 @@ impl Strays {
         if gone.is_empty() {
             return;
         }
-        self.0.drain_where(|lookup| lookup.fault.space == space && gone.contains(&lookup.fault.addr), drop);
-        for Lookup { fault, untouched } in self.0.iter_mut().filter(|lookup| lookup.fault.space == space) {
-            if gone.end <= fault.addr {
+        self.0.drain_where(|lookup| lookup.space == space && gone.contains(&lookup.addr), drop);
+        for Lookup { addr, untouched, .. } in self.0.iter_mut().filter(|lookup| lookup.space == space) {
+            if gone.end <= *addr {
                 untouched.start = untouched.start.max(gone.end);
             } else {
                 untouched.end = untouched.end.min(gone.start);
@@ -102,11 +139,11 @@ impl Strays {
 
     /// Forgets a space that is gone.
     pub(crate) fn forget(&mut self, space: SpaceId) {
-        self.0.drain_where(|lookup| lookup.fault.space == space, drop);
+        self.0.drain_where(|lookup| lookup.space == space, drop);
     }
 
     fn index_of(&self, space: SpaceId, addr: usize) -> Option<usize> {
-        self.0.iter().position(|lookup| lookup.fault.space == space && lookup.fault.addr == addr)
+        self.0.iter().position(|lookup| lookup.space == space && lookup.addr == addr)
     }
 }
 
@@ -166,9 +203,23 @@ mod tests {
         assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
         assert_eq!(strays.hold(fault(2, 0x5000)), Held::New);
         assert_eq!(strays.take(1, 0x6000), None);
-        assert_eq!(strays.take(1, 0x5000), Some((fault(1, 0x5000), 0..usize::MAX)));
+        assert_eq!(strays.take(1, 0x5000), Some((Some(fault(1, 0x5000)), 0..usize::MAX)));
         assert_eq!(strays.take(1, 0x5000), None);
         strays.forget(2);
+        assert_eq!(strays.pop(), None);
+    }
+
+    #[test]
+    fn a_thread_waits_for_the_look_that_was_taken_before_it_came() {
+        let mut strays = Strays::new().unwrap();
+        assert_eq!(strays.probe(1, 0x5000), Held::New);
+        assert_eq!(strays.probe(1, 0x6000), Held::New);
+        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
+        assert_eq!(strays.probe(1, 0x5000), Held::Known);
+        assert_eq!(strays.take(1, 0x5000).unwrap().0, Some(fault(1, 0x5000)));
+        assert_eq!(strays.hold(fault(1, 0x7000)), Held::New);
+        assert_eq!(strays.probe(1, 0x8000), Held::New);
+        assert_eq!(strays.pop(), Some(fault(1, 0x7000)));
         assert_eq!(strays.pop(), None);
     }
 
@@ -194,7 +245,7 @@ mod tests {
         strays.unmapped(1, &(0x2000..0x3000));
         strays.unmapped(1, &(0xb000..0xc000));
         assert_eq!(strays.take(1, 0x9000), None);
-        assert_eq!(strays.take(1, 0x5000), Some((fault(1, 0x5000), 0x3000..0x8000)));
-        assert_eq!(strays.take(2, 0x5000), Some((fault(2, 0x5000), 0..usize::MAX)));
+        assert_eq!(strays.take(1, 0x5000), Some((Some(fault(1, 0x5000)), 0x3000..0x8000)));
+        assert_eq!(strays.take(2, 0x5000), Some((Some(fault(2, 0x5000)), 0..usize::MAX)));
     }
 }
