@@ -11,6 +11,7 @@ pub use attach::{AttachOptions, Sharing};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
+use crate::page::page_size;
 use crate::process::{depth, gate, mapping};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
@@ -102,7 +103,9 @@ impl Region {
     /// unmapped with it.
     fn look_behind(&self, local: &Local) {
         let addr = self.addr + self.len;
-        if !mapping::is_mapped(addr) {
+        let ends_the_list = self.pgoff + (self.len / page_size()) as u64 >= self.core.nr_pages();
+        // Past the end of the list there is nothing to be served, ever.
+        if (ends_the_list && !self.core.expandable) || !mapping::is_mapped(addr) {
             return;
         }
         // If it can't be looked at, the part stays mapped: a touch of it is resident bytes or SIGBUS.
