@@ -38,8 +38,11 @@ counters! {
     parked,
     /// Explicit UFFDIO_WAKE calls.
     wakes,
-    /// Faults on addresses outside every area that the engine knows; answered by SIGBUS.
+    /// Faults on addresses outside every area that the engine knows or finds in the kernel's table; answered by SIGBUS.
     strays,
+    /// Ranges that `mremap` added without an event (grown in place, left behind by `MREMAP_DONTUNMAP`, mapped a second
+    /// time), found in the kernel's table when they were first touched. They are served from then on.
+    adopted,
     /// Faults of a worker thread on a page that only a worker could have read; answered by SIGBUS.
     self_faults,
     /// Reads that were handed to the worker threads.

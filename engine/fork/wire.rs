@@ -34,6 +34,8 @@ pub(crate) enum Ask {
     Sync,
     /// "How many areas of this vmap are attached?"
     Refcount { vmap: u64 },
+    /// "Look whether this address has become mine without an event."
+    LookUp { addr: u64 },
     /// "I am about to fork": with the engine's end of the child's lifeline.
     Fork,
 }
@@ -64,6 +66,7 @@ impl Ask {
             Ask::Refcount { vmap } => words(5, &[vmap]),
             Ask::Fork => words(6, &[]),
             Ask::Watch => words(7, &[]),
+            Ask::LookUp { addr } => words(8, &[addr]),
         }
     }
 
@@ -76,6 +79,7 @@ impl Ask {
             5 => Ask::Refcount { vmap: w[2] },
             6 => Ask::Fork,
             7 => Ask::Watch,
+            8 => Ask::LookUp { addr: w[2] },
             _ => return None,
         })
     }
@@ -236,6 +240,7 @@ mod tests {
             Ask::Refcount { vmap: 2 },
             Ask::Fork,
             Ask::Watch,
+            Ask::LookUp { addr: 1 << 40 },
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::page::{page_floor, page_size};
+use crate::process::maps::vmas;
 
 /// Checks that every page of `len` bytes at `addr` is mapped and readable at this moment.
 pub(super) fn check_readable(addr: usize, len: usize) -> Result<()> {
@@ -21,35 +22,23 @@ pub(super) fn check_readable(addr: usize, len: usize) -> Result<()> {
     }
 }
 
-/// Returns the first address of `range` that no readable area of `maps` holds. The areas come in ascending order.
+/// Returns the first address of `range` that no readable area of `maps` holds.
 fn first_unreadable(maps: impl BufRead, range: Range<usize>) -> io::Result<Option<usize>> {
     let mut wanted = range.start;
-    for line in maps.split(b'\n') {
+    for vma in vmas(maps) {
         if wanted >= range.end {
             break;
         }
-        let line = line?;
-        let Some((area, readable)) = parse(&line) else {
-            return Err(io::Error::from_raw_os_error(libc::EPROTO));
-        };
-        if area.end <= wanted {
+        let vma = vma?;
+        if vma.range.end <= wanted {
             continue;
         }
-        if area.start > wanted || !readable {
+        if vma.range.start > wanted || !vma.readable {
             break;
         }
-        wanted = area.end;
+        wanted = vma.range.end;
     }
     Ok((wanted < range.end).then_some(wanted))
-}
-
-/// Parses `start-end rwxp …`: the addresses, and whether they may be read.
-fn parse(line: &[u8]) -> Option<(Range<usize>, bool)> {
-    let mut words = line.split(|&byte| byte == b' ');
-    let (area, access) = (std::str::from_utf8(words.next()?).ok()?, words.next()?);
-    let (start, end) = area.split_once('-')?;
-    let area = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
-    Some((area, *access.first()? == b'r'))
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap};
 
 use super::depth;
+use crate::page::page_size;
 use crate::{Error, Result};
 
 /// Where a mapping shall lie.
@@ -157,6 +158,13 @@ fn reserve_with(addr: usize, len: usize, fixed: MapFlags) -> std::result::Result
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | fixed;
     // SAFETY: MAP_FIXED_NOREPLACE replaces nothing; MAP_FIXED is asked for by the one caller that owns what is there.
     unsafe { mmap_anonymous(Some(start), length, ProtFlags::PROT_NONE, flags) }.map(drop)
+}
+
+/// Tells whether anything is mapped at a page.
+pub(crate) fn is_mapped(addr: usize) -> bool {
+    let mut resident = 0;
+    // SAFETY: mincore(2) writes one byte for the one page asked about, to `resident`.
+    unsafe { libc::mincore(addr as *mut libc::c_void, page_size(), &raw mut resident) == 0 }
 }
 
 /// Unmaps a range that is known to be ours.

@@ -3,6 +3,7 @@
 
 pub(crate) mod ledger;
 pub(crate) mod mapping;
+pub(crate) mod maps;
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -11,9 +11,11 @@ pub use attach::{AttachOptions, Sharing};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
+use crate::page::page_size;
 use crate::process::{depth, gate, mapping};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
+use crate::runtime::strays::{Finding, find, open_own_maps};
 use crate::space::OWN_SPACE;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
@@ -114,6 +116,39 @@ impl Region {
         }
     }
 
+    /// Looks whether the region was grown in place, of which no event tells. What it grew by is then a piece of it, and
+    /// unmapped with it.
+    fn look_behind(&self, local: &Local) {
+        let addr = self.addr + self.len;
+        let ends_the_list = self.pgoff + (self.len / page_size()) as u64 >= self.core.nr_pages();
+        // Past the end of the list there is nothing to be served, ever.
+        if (ends_the_list && !self.core.expandable) || !mapping::is_mapped(addr) {
+            return;
+        }
+        // If it can't be looked at, the part stays mapped: a touch of it is resident bytes or SIGBUS.
+        match local {
+            Local::Owner { .. } => {
+                let window = self.core.contents().window;
+                if window.is_some_and(|window| window.range().contains(&addr)) {
+                    return;
+                }
+                // Not by the keeper: it may be dropping what waits for the caller.
+                let wanted = self.shared.handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply });
+                if matches!(wanted, Ok(true)) {
+                    let ours = |file| (file == self.core.file).then_some(self.core.id);
+                    let finding = match open_own_maps().map(|maps| find(&maps, addr, ours)) {
+                        // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
+                        Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
+                        Ok(finding) => finding,
+                    };
+                    self.shared.handler.send(Command::Found { space: OWN_SPACE, addr, finding });
+                }
+            }
+            Local::Child { lifeline, .. } => drop(lifeline.ask(Ask::LookUp { addr: addr as u64 }, None)),
+            Local::Lost { .. } => {}
+        }
+    }
+
     /// Unmaps what is left of the region.
     fn unmap(&self, local: &Local) -> Result<()> {
         loop {
@@ -145,6 +180,8 @@ impl Drop for Region {
             return;
         }
         let local = self.shared.local();
+        // Not under the gate, which is held for a moment only.
+        self.look_behind(&local);
         // A child that another thread forks has all of the area or nothing.
         let _gate = gate();
         match &*local {

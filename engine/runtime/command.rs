@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::call::Ticket;
 use super::fault::Fault;
+use super::strays::Finding;
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::snapshot::View;
@@ -49,6 +50,10 @@ pub(crate) enum Command {
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
     /// Copies every space and its areas into the asker's memory.
     View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
+    /// The keeper is about to look an address up; answers whether it should.
+    Probe { space: SpaceId, addr: usize, reply: Ticket<bool> },
+    /// Tells what the keeper found at an address.
+    Found { space: SpaceId, addr: usize, finding: Finding },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },
@@ -65,6 +70,8 @@ pub(crate) enum Post {
     Closed(Area<Target>),
     /// A space's process seems to be gone (ESRCH).
     Gone(SpaceId),
+    /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
+    Stray { space: SpaceId, addr: usize },
     /// The thread has ended: no area is left and none will come.
     HandlerEnded,
 }

@@ -18,6 +18,7 @@ use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
+use super::strays::{Finding, Held, Strays, adopt};
 use super::workers::WorkerIds;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
@@ -51,6 +52,7 @@ pub(crate) struct Handler {
     pending: MmapVec<Fault>,
     /// Faults to be tried again: the address space is changing, or a resource is not free.
     parked: MmapVec<Fault>,
+    strays: Strays,
     /// Commands that came too early.
     held: MmapVec<Command>,
     /// Posts that found the keeper's channel full.
@@ -113,6 +115,7 @@ impl Handler {
             .map_err(&no_memory)?,
             pending: held()?,
             parked: held()?,
+            strays: Strays::new().map_err(&no_memory)?,
             shared: parts.shared,
             keeper: parts.keeper,
             spaces,
@@ -165,7 +168,7 @@ impl Handler {
     /// Continues after a panic: every fault is answered by SIGBUS from now on.
     pub(crate) fn retire(&mut self) {
         self.retired = true;
-        self.abandon_reads();
+        self.abandon_waits();
         // Commands whose ring was heard before the panic still wait.
         self.bell.ring();
     }
@@ -206,7 +209,7 @@ impl Handler {
             if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, parked, unsent, shared, resolver, .. } = self;
+            let Handler { spaces, messages, pending, parked, strays, unsent, shared, keeper, resolver, .. } = self;
             let space = &mut spaces[index];
             let Some(uffd) = space.uffd.clone() else { return };
             let read = uffd.read(messages, |message| match message {
@@ -229,10 +232,26 @@ impl Handler {
                         Message::Remap { from, len, .. } => from..from + len,
                         _ => 0..0,
                     };
+                    // What the event does not say: whether the old range is left, and where the new one ends.
+                    let beside = match event {
+                        Message::Remap { from, to, len } => Some([from, to + len]),
+                        _ => None,
+                    };
                     apply_event(shared, space, &uffd, event, unsent);
                     // Their threads were woken. Answered later, they might meet another region at the address.
                     for faults in [&mut *pending, &mut *parked] {
                         faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
+                    }
+                    strays.unmapped(id, &gone);
+                    if let Some(beside) = beside {
+                        for addr in beside {
+                            // Without place or room: when it is touched.
+                            if strays.probe(id, addr) == Held::New
+                                && keeper.try_post(Post::Stray { space: id, addr }).is_err()
+                            {
+                                strays.take(id, addr);
+                            }
+                        }
                     }
                 }
             });
@@ -293,6 +312,52 @@ impl Handler {
                 }
             }
             Answer::Gone => self.post(Post::Gone(fault.space)),
+            Answer::Stray => self.look_up(fault),
+        }
+    }
+
+    /// Has the keeper look a stray's address up; its thread sleeps until then.
+    fn look_up(&mut self, fault: Fault) {
+        let Fault { space, addr, .. } = fault;
+        let asked = match self.strays.hold(fault) {
+            Held::Known => return,
+            Held::New => self.keeper.try_post(Post::Stray { space, addr }).is_ok(),
+            Held::NoPlace => false,
+        };
+        if !asked && let Some(index) = self.index_of(space) {
+            // The thread faults again, and its new message waits in the kernel.
+            self.strays.take(space, addr);
+            if let Some(uffd) = &self.spaces[index].uffd {
+                self.resolver.wake(uffd, addr);
+            }
+        }
+    }
+
+    /// Follows what the keeper found at an address, and answers the thread that waits there.
+    fn found(&mut self, id: SpaceId, addr: usize, finding: &Finding) {
+        let Some((fault, untouched)) = self.strays.take(id, addr) else { return };
+        let Some(index) = self.index_of(id) else { return };
+        let space = &mut self.spaces[index];
+        let known = match finding {
+            // An event that came meanwhile told of it.
+            _ if space.table.find(addr).is_some() => Ok(true),
+            Finding::Vmap(shown) => adopt(space, addr, shown, &untouched).inspect(|&adopted| {
+                space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+                add(&self.shared.counters.adopted, adopted.into());
+            }),
+            Finding::Nothing => Err(Errno::ENOENT),
+            Finding::Foreign => Ok(false),
+        };
+        let (Some(fault), space) = (fault, &self.spaces[index]) else { return };
+        match (known, &space.uffd) {
+            (Ok(true), _) => self.answer(fault),
+            (Ok(false), _) => {
+                let answer = self.resolver.refuse_stray(space, addr);
+                self.follow(fault, answer);
+            }
+            // Unmapped, or no memory to enter it: if it is touched again, there will be a new message.
+            (Err(_), Some(uffd)) => drop(self.resolver.wake(uffd, addr)),
+            (Err(_), None) => {}
         }
     }
 
@@ -304,9 +369,9 @@ impl Handler {
         }
     }
 
-    /// Answers the faults that wait for a worker: its source may never come back.
-    fn abandon_reads(&mut self) {
-        while let Some(fault) = self.resolver.abandon_read() {
+    /// Answers the faults that wait for a worker, whose source may never come back, or for the keeper.
+    fn abandon_waits(&mut self) {
+        while let Some(fault) = self.resolver.abandon_read().or_else(|| self.strays.pop()) {
             self.answer(fault);
         }
     }
@@ -456,10 +521,15 @@ impl Handler {
                 let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
                 reply.answer((view, outcome));
             }
+            Command::Probe { space, addr, reply } => {
+                let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
+                reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
+            }
+            Command::Found { space, addr, finding } => self.found(space, addr, &finding),
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {
                 self.retired = true;
-                self.abandon_reads();
+                self.abandon_waits();
                 reply.answer(());
             }
             #[cfg(test)]
@@ -516,6 +586,7 @@ impl Handler {
         for faults in [&mut self.pending, &mut self.parked] {
             faults.drain_where(|fault| fault.space == space, drop);
         }
+        self.strays.forget(space);
         Some(removed)
     }
 }

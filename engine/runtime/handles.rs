@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use nix::errno::Errno;
@@ -83,6 +83,8 @@ pub(crate) struct KeeperHandle {
     requests: Sender<Request>,
     posts: Sender<Post>,
     bell: Arc<Bell>,
+    /// The keeper's thread id, as a fault message names it; 0 before it runs.
+    tid: AtomicI32,
 }
 
 /// The receiving side.
@@ -101,11 +103,21 @@ pub(crate) fn keeper_channel() -> std::result::Result<(KeeperHandle, Inbox), Err
     // Unbounded: a fork handler sends to it while it holds what the keeper may be waiting for.
     let (requests, request_inbox) = crossbeam_channel::unbounded();
     let (posts, post_inbox) = crossbeam_channel::bounded(POSTS);
-    let handle = KeeperHandle { requests, posts, bell: Arc::clone(&bell) };
+    let handle = KeeperHandle { requests, posts, bell: Arc::clone(&bell), tid: AtomicI32::new(0) };
     Ok((handle, Inbox { requests: request_inbox, posts: post_inbox, bell }))
 }
 
 impl KeeperHandle {
+    /// Called by the keeper: it is the current thread.
+    pub(super) fn is_here(&self) {
+        self.tid.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
+    }
+
+    /// Tells whether the keeper is thread `tid` of the engine's process.
+    pub(super) fn is_thread(&self, tid: i32) -> bool {
+        tid != 0 && self.tid.load(Ordering::Relaxed) == tid
+    }
+
     /// Sends a request; when the keeper has ended it is dropped, and its ticket tells the asker.
     pub(crate) fn send(&self, request: Request) {
         if self.requests.send(request).is_ok() {

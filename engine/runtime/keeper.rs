@@ -3,6 +3,7 @@
 //! It may allocate, lock and wait for the fault-handling thread; it never waits for a process, a source or a callback.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,13 +21,14 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{NewArea, insert};
 use super::shared::EngineShared;
+use super::strays::{Finding, find, open_own_maps};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::pid_of;
-use crate::space::{AreaRecord, SpaceId};
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
 use crate::vmap::core::{Caller, Notice, Opened};
@@ -65,6 +67,13 @@ pub(crate) struct Keeper {
     ended: bool,
 }
 
+/// The number of a process that has not ended, in the engine's own namespace; it may call itself by another.
+fn pid_of(pidfd: &Private<OwnedFd>) -> Option<i32> {
+    let text = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    pid.trim().parse().ok().filter(|&pid| pid > 0)
+}
+
 fn lifeline_token(space: SpaceId) -> u64 {
     space * 2
 }
@@ -94,6 +103,7 @@ impl Keeper {
 
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
+        self.shared.keeper.is_here();
         let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
@@ -116,6 +126,8 @@ impl Keeper {
                     }
                 }
                 self.count_posts();
+                // What was looked up for that.
+                let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
                 self.settling.drain(..).for_each(|reply| reply.answer(()));
             }
         }
@@ -146,9 +158,45 @@ impl Keeper {
             match post {
                 Post::Closed(area) => area.target.vmap.close(1),
                 Post::Gone(space) => self.look_after(space),
+                Post::Stray { space, addr } => self.look_up(space, addr),
                 Post::HandlerEnded => self.ended = true,
             }
         }
+    }
+
+    /// Looks an address up of which nobody was told, and at which nobody waits.
+    fn probe(&self, space: SpaceId, addr: usize) {
+        if is_aligned(addr)
+            && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply }).is_ok_and(|wanted| wanted)
+        {
+            self.look_up(space, addr);
+        }
+    }
+
+    /// Tells the fault-handling thread what lies at an address.
+    fn look_up(&self, space: SpaceId, addr: usize) {
+        let finding = self.find(space, addr);
+        self.shared.handler.send(Command::Found { space, addr, finding });
+    }
+
+    /// Looks an address up in the kernel's own table of a process.
+    fn find(&self, space: SpaceId, addr: usize) -> Finding {
+        // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
+        let maps = self.open_maps(space);
+        maps.map_or(Finding::Foreign, |maps| {
+            find(&maps, addr, |file| self.shared.vmaps.find_by_file(file).map(|vmap| vmap.id))
+        })
+    }
+
+    fn open_maps(&self, space: SpaceId) -> Option<Private<File>> {
+        if space == OWN_SPACE {
+            return open_own_maps().ok();
+        }
+        let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
+        let pid = pid_of(pidfd)?;
+        let maps = Private::open(|| File::open(format!("/proc/{pid}/maps"))).ok()?;
+        // It still is: the number was not another process's meanwhile.
+        (pid_of(pidfd)? == pid).then_some(maps)
     }
 
     fn obey_requests(&mut self) {
@@ -219,6 +267,10 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
+            Ask::LookUp { addr } => {
+                self.probe(space, addr as usize);
+                Ok((Reply::Done, None))
+            }
             Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),

@@ -14,5 +14,6 @@ pub(crate) mod insert;
 pub(crate) mod keeper;
 pub(crate) mod resolve;
 pub(crate) mod shared;
+pub(crate) mod strays;
 pub(crate) mod threads;
 pub(crate) mod workers;

@@ -39,6 +39,8 @@ pub(crate) enum Answer {
     Starved,
     /// The process is gone.
     Gone,
+    /// No event told of its address: to be looked up.
+    Stray,
 }
 
 /// A read that is under way: neighbours of its pages needn't be read again.
@@ -81,15 +83,16 @@ impl Resolver {
     pub(crate) fn resolve(&mut self, space: &Space, fault: &Fault) -> Answer {
         let Some(uffd) = &space.uffd else { return Answer::Done };
         let Some(area) = space.table.find(fault.addr) else {
-            // Not (or no longer) ours. If the range was unmapped the kernel says so and the thread gets SIGSEGV;
-            // if it is mapped, nobody knows its bytes.
             if fault.retries > 0 {
-                // But this is old news: a region that is being attached may have the address by now. If the page is
-                // still asked for, there will be a new message.
+                // This is old news: a region that is being attached may have the address by now. If the page is still
+                // asked for, there will be a new message.
                 return self.wake(uffd, fault.addr);
             }
-            add(&self.shared.counters.strays, 1);
-            return self.poison(space, uffd, fault.addr);
+            if fault.space == OWN_SPACE && self.shared.keeper.is_thread(fault.tid) {
+                // Code of the application, on the thread that would look the address up.
+                return self.refuse_stray(space, fault.addr);
+            }
+            return Answer::Stray;
         };
         let page = page_size() as u64;
         let pgoff = area.pgoff_of(fault.addr);
@@ -381,6 +384,12 @@ impl Resolver {
             // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
             Some(_) => self.wake(uffd, addr),
         }
+    }
+
+    /// Answers a touch of memory whose bytes nobody knows. If it was unmapped meanwhile, the thread gets SIGSEGV.
+    pub(crate) fn refuse_stray(&mut self, space: &Space, addr: usize) -> Answer {
+        add(&self.shared.counters.strays, 1);
+        self.poison_in(space, addr)
     }
 
     /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves. A page that became resident

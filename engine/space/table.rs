@@ -5,6 +5,8 @@
 //! An *area* is what the kernel calls a vma: an attach adds one, an unmap of its middle leaves two. Two areas never
 //! become one, even when addresses and pages follow on: each belongs to the attach that it came from.
 
+use std::ops::Range;
+
 use nix::errno::Errno;
 
 use super::mmap_vec::MmapVec;
@@ -128,6 +130,25 @@ impl<T: Clone> AreaTable<T> {
             return Err(InsertError::Overlap(area));
         }
         self.areas.try_insert(index, area).map_err(|(area, errno)| InsertError::NoMemory(area, errno))
+    }
+
+    /// Tells the addresses around `addr` that belong to no area, as itself doesn't.
+    pub(crate) fn gap(&self, addr: usize) -> Range<usize> {
+        let next = self.index_after(addr);
+        let start = next.checked_sub(1).map_or(0, |before| self.areas[before].end);
+        let end = self.areas.get(next).map_or(usize::MAX, |area| area.start);
+        start..end.max(start)
+    }
+
+    /// Lets the area that ends at `at` reach to `end`, as mremap(2) does in place; does nothing if no area ends there or
+    /// another is in the way.
+    pub(crate) fn grow(&mut self, at: usize, end: usize) {
+        let next = self.index_after(at);
+        let free = self.areas.get(next).is_none_or(|next| end <= next.start);
+        let before = next.checked_sub(1).map(|before| &mut self.areas[before]);
+        if let Some(area) = before.filter(|area| area.end == at && at < end && free) {
+            area.end = end;
+        }
     }
 
     /// Follows an unmap of `start..end` by the kernel: trims, splits and removes what lies in it.
@@ -362,6 +383,26 @@ mod tests {
         assert_eq!(areas(&table), [area(0..3, 0, 1), area(9..12, 51, 2)]);
         assert_eq!(unmap(&mut table, 3..9), []);
         assert_eq!(table.len(), 2);
+    }
+
+    /// (T41)
+    #[test]
+    fn an_area_grows_into_the_gap_behind_it_and_no_further() {
+        let mut table = table([area(2..4, 7, 1), area(8..9, 0, 2)]);
+        assert_eq!(table.gap(at(5)), at(4)..at(8));
+        assert_eq!(table.gap(at(4)), at(4)..at(8));
+        assert_eq!(table.gap(at(20)), at(9)..usize::MAX);
+        assert_eq!(table.gap(at(1)), 0..at(2));
+        for (from, to) in [(5, 6), (4, 9), (0, 1), (3, 5), (8, 10)] {
+            table.grow(at(from), at(to));
+            assert_eq!(areas(&table), [area(2..4, 7, 1), area(8..9, 0, 2)], "{from} to {to}");
+        }
+        table.grow(at(4), at(6));
+        table.grow(at(6), at(8));
+        table.grow(at(9), at(11));
+        assert_eq!(areas(&table), [area(2..8, 7, 1), area(8..11, 0, 2)]);
+        assert_eq!(unmap(&mut table, 7..11), [Change::Closed(area(8..11, 0, 2))]);
+        assert_eq!(areas(&table), [area(2..7, 7, 1)]);
     }
 
     #[test]

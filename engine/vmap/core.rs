@@ -15,6 +15,7 @@ use crossbeam_channel::Sender;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::fstat;
 
 use super::residency::Residency;
 use super::window::Window;
@@ -50,6 +51,8 @@ pub(crate) struct VmapCore {
     pub(crate) id: u64,
     /// The backing object. Forked children keep it: they map it again.
     memfd: OwnedFd,
+    /// Its device and inode, as `/proc/PID/maps` names it.
+    pub(crate) file: (libc::dev_t, libc::ino_t),
     nr_pages: AtomicU64,
     pub(crate) expandable: bool,
     /// What each mapping of it gets, in every process.
@@ -124,10 +127,12 @@ impl VmapCore {
             seals |= SealFlag::F_SEAL_GROW;
         }
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::sys("sealing the memfd of a vmap"))?;
+        let stat = fstat(&memfd).map_err(Error::sys("fstat of the memfd of a vmap"))?;
         let window = open_window(opener, memfd.as_fd(), list.nr_pages())?;
         Ok(VmapCore {
             id,
             memfd,
+            file: (stat.st_dev, stat.st_ino),
             nr_pages: AtomicU64::new(list.nr_pages()),
             expandable,
             residency: Residency::default(),

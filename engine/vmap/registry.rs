@@ -33,6 +33,11 @@ impl Registry {
         self.find_ungated(id)
     }
 
+    /// Finds the vmap whose backing object has this device and inode.
+    pub(crate) fn find_by_file(&self, file: (libc::dev_t, libc::ino_t)) -> Option<Arc<VmapCore>> {
+        self.all().into_iter().find(|vmap| vmap.file == file)
+    }
+
     /// Every vmap that is alive.
     pub(crate) fn all(&self) -> Vec<Arc<VmapCore>> {
         let _gate = gate();

@@ -1,6 +1,7 @@
 //! What the tests share: processes of their own, deadlines, touches that survive SIGBUS, and lists to touch.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod raw;
 pub(crate) mod scene;
 pub(crate) mod touch;
 pub(crate) mod truth;

@@ -1,0 +1,124 @@
+//! What is mapped where, as the kernel tells it in `/proc/PID/maps`: it knows without touching a page.
+
+use std::io::{self, BufRead};
+use std::ops::Range;
+
+/// A mapping: one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Vma {
+    pub(crate) range: Range<usize>,
+    pub(crate) readable: bool,
+    /// No access of any kind (`PROT_NONE`).
+    pub(crate) hidden: bool,
+    /// The byte of the file at its start.
+    pub(crate) offset: u64,
+    /// Device and inode of the file; zeros for memory without one.
+    pub(crate) file: (libc::dev_t, libc::ino_t),
+}
+
+impl Vma {
+    /// Tells whether `next` goes on where this one ends, in memory and in the file. The kernel keeps such mappings apart
+    /// when their access differs.
+    fn is_continued_by(&self, next: &Vma) -> bool {
+        let len = (self.range.end - self.range.start) as u64;
+        self.range.end == next.range.start
+            && self.file == next.file
+            && self.file != (0, 0)
+            && self.offset.checked_add(len) == Some(next.offset)
+            && self.hidden == next.hidden
+    }
+}
+
+/// Walks over the mappings, which come in ascending order.
+///
+/// # Errors
+///
+/// Those of reading, and `EPROTO` for a line that is none.
+pub(crate) fn vmas(maps: impl BufRead) -> impl Iterator<Item = io::Result<Vma>> {
+    maps.split(b'\n').map(|line| parse(&line?).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO)))
+}
+
+/// Finds the mapping of `addr`, with the neighbours that go on in the same file, as one.
+pub(crate) fn find(maps: impl BufRead, addr: usize) -> io::Result<Option<Vma>> {
+    let mut found: Option<Vma> = None;
+    for vma in vmas(maps) {
+        let vma = vma?;
+        match &mut found {
+            Some(found) if found.is_continued_by(&vma) => found.range.end = vma.range.end,
+            _ if vma.range.start > addr => break,
+            _ => found = Some(vma),
+        }
+    }
+    Ok(found.filter(|found| found.range.contains(&addr)))
+}
+
+/// Parses `start-end rwxp offset major:minor inode …`.
+fn parse(line: &[u8]) -> Option<Vma> {
+    // The name is at the end, and may be anything.
+    let mut words = line.splitn(6, |&byte| byte == b' ').map(|word| std::str::from_utf8(word).ok());
+    let mut word = || words.next().flatten();
+    let (start, end) = word()?.split_once('-')?;
+    let access = word()?;
+    let offset = u64::from_str_radix(word()?, 16).ok()?;
+    let (major, minor) = word()?.split_once(':')?;
+    let device = libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+    Some(Vma {
+        range: usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?,
+        readable: access.starts_with('r'),
+        hidden: access.starts_with("---"),
+        offset,
+        file: (device, word()?.parse().ok()?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAPS: &[u8] = b"1000-3000 r--p 00000000 08:01 1   /a \xff file\n\
+        3000-4000 rw-p 00000000 00:00 0\n\
+        5000-6000 rw-s 00002000 00:01 77    /memfd:x (deleted)\n\
+        6000-8000 r--s 00003000 00:01 77    /memfd:x (deleted)\n\
+        8000-9000 ---s 00005000 00:01 77    /memfd:x (deleted)\n\
+        9000-a000 rw-s 00009000 00:01 77    /memfd:x (deleted)\n\
+        a000-b000 rw-p 00000000 00:00 0\n\
+        b000-c000 rw-p 00000000 00:00 0     [x]\n";
+
+    fn found(addr: usize) -> Option<(Range<usize>, u64)> {
+        find(MAPS, addr).unwrap().map(|vma| (vma.range, vma.offset))
+    }
+
+    #[test]
+    fn every_field_of_a_line_is_read() {
+        let first = vmas(MAPS).next().unwrap().unwrap();
+        let file = (libc::makedev(8, 1), 1);
+        assert_eq!(first, Vma { range: 0x1000..0x3000, readable: true, hidden: false, offset: 0, file });
+        assert_eq!(vmas(MAPS).filter(|vma| vma.as_ref().unwrap().hidden).count(), 1);
+        assert_eq!(vmas(MAPS).count(), 8);
+    }
+
+    /// The kernel splits a mapping where its access changes; it is one still, except where there is no access at all.
+    #[test]
+    fn mappings_that_go_on_in_the_same_file_are_found_as_one() {
+        for addr in [0x5000, 0x5fff, 0x6000, 0x7fff] {
+            assert_eq!(found(addr), Some((0x5000..0x8000, 0x2000)), "{addr:#x}");
+        }
+        assert_eq!(found(0x8000), Some((0x8000..0x9000, 0x5000)));
+        assert_eq!(found(0x9000), Some((0x9000..0xa000, 0x9000)));
+    }
+
+    #[test]
+    fn an_address_without_a_mapping_is_not_found() {
+        for addr in [0, 0xfff, 0x4000, 0x4fff, 0xc000, usize::MAX] {
+            assert_eq!(found(addr), None, "{addr:#x}");
+        }
+        assert_eq!(found(0xa000), Some((0xa000..0xb000, 0)));
+    }
+
+    #[test]
+    fn a_line_that_is_no_mapping_is_an_error() {
+        for line in [&b"what\n"[..], b"1000-2000\n", b"1000-2000 rw-p 0 00:00 x\n", b"z-2000 rw-p 0 00:00 0\n"] {
+            assert!(find(line, 0x1000).is_err());
+        }
+    }
+}
