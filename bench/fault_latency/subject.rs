@@ -52,7 +52,7 @@ impl AsRef<[u8]> for Source {
 pub(crate) enum Ready {
     Native { memory: Mapping, faults_before: u64 },
     Floor { memory: Arc<Mapping>, pages: usize, handler: JoinHandle<u64> },
-    Engine { region: Region, engine: Engine, before: Stats, child: bool },
+    Engine { region: Region, engine: Engine, before: Box<Stats>, child: bool },
 }
 
 impl Ready {
@@ -186,6 +186,6 @@ fn engine(series: &Series, pages: usize, around: &Surroundings) -> Result<Ready>
         list.map_slice(around.source.clone())?;
     }
     let region = engine.vmap(&list)?.attach(&AttachOptions::new()).context("attaching a region")?;
-    let before = engine.stats();
+    let before = Box::new(engine.stats());
     Ok(Ready::Engine { region, engine, before, child: series.child })
 }

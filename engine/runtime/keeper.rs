@@ -67,13 +67,6 @@ pub(crate) struct Keeper {
     ended: bool,
 }
 
-/// The number of a process that has not ended, in the engine's own namespace; it may call itself by another.
-fn pid_of(pidfd: &Private<OwnedFd>) -> Option<i32> {
-    let text = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
-    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
-    pid.trim().parse().ok().filter(|&pid| pid > 0)
-}
-
 fn lifeline_token(space: SpaceId) -> u64 {
     space * 2
 }
@@ -193,10 +186,10 @@ impl Keeper {
             return open_own_maps().ok();
         }
         let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
-        let pid = pid_of(pidfd)?;
+        let pid = pid_of(pidfd.as_fd())?;
         let maps = Private::open(|| File::open(format!("/proc/{pid}/maps"))).ok()?;
         // It still is: the number was not another process's meanwhile.
-        (pid_of(pidfd)? == pid).then_some(maps)
+        (pid_of(pidfd.as_fd())? == pid).then_some(maps)
     }
 
     fn obey_requests(&mut self) {
