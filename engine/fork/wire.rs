@@ -43,6 +43,8 @@ pub(crate) enum Reply {
     Attached {
         first: bool,
     },
+    /// "Your address space is changing: ask again."
+    Later,
     Pieces(Pieces),
     Done,
     Count(u64),
@@ -95,6 +97,7 @@ impl Reply {
             Reply::Count(count) => words(4, &[count]),
             Reply::Forked => words(5, &[]),
             Reply::Refused(errno) => words(6, &[errno as u64]),
+            Reply::Later => words(7, &[]),
         }
     }
 
@@ -113,6 +116,7 @@ impl Reply {
             4 => Reply::Count(w[2]),
             5 => Reply::Forked,
             6 => Reply::Refused(Errno::from_raw(w[2] as i32)),
+            7 => Reply::Later,
             _ => return None,
         })
     }

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::bell::{Bell, EpollFd};
-use super::command::{Command, Forked, Post, ReadBuffer, ReadDone, ReadJob};
+use super::command::{Changing, Command, Forked, NotEntered, Post, ReadBuffer, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
@@ -22,7 +22,7 @@ use super::workers::WorkerIds;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
-use crate::space::table::{Area, AreaTable, Change, InsertError};
+use crate::space::table::{Area, AreaTable, Change};
 use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
@@ -51,8 +51,6 @@ pub(crate) struct Handler {
     pending: MmapVec<Fault>,
     /// Faults to be tried again: the address space is changing, or a resource is not free.
     parked: MmapVec<Fault>,
-    /// Commands that came too early.
-    held: MmapVec<Command>,
     /// Posts that found the keeper's channel full.
     unsent: MmapVec<Post>,
     resolver: Resolver,
@@ -120,7 +118,6 @@ impl Handler {
             bell: parts.bell,
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
-            held: MmapVec::new(),
             unsent: MmapVec::new(),
             done: parts.done,
             retired: false,
@@ -152,7 +149,6 @@ impl Handler {
             self.retry_parked();
             self.flush_unsent();
             // Commands come last: a barrier then stands behind everything that was read before it.
-            self.obey_held();
             if rung {
                 self.obey_commands();
             }
@@ -172,7 +168,7 @@ impl Handler {
 
     /// How long to wait for news: for ever, unless something is to be tried again.
     fn pause(&mut self) -> EpollTimeout {
-        if self.parked.is_empty() && self.unsent.is_empty() && self.held.is_empty() {
+        if self.parked.is_empty() && self.unsent.is_empty() {
             self.idle_rounds = 0;
             return EpollTimeout::NONE;
         }
@@ -349,41 +345,7 @@ impl Handler {
 
     fn obey_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            if let Some(command) = self.too_early(command)
-                && let Err((command, _)) = self.held.try_push(command)
-            {
-                // No memory to hold it, so it is not held.
-                self.obey(command);
-            }
-        }
-    }
-
-    /// Gives a command back that must wait; obeys any other.
-    fn too_early(&mut self, command: Command) -> Option<Command> {
-        let early = match &command {
-            // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be
-            // of the very addresses that the new area has by now, and would be taken for its end.
-            Command::Insert { space, .. } => {
-                let uffd = self.index_of(*space).and_then(|index| self.spaces[index].uffd.as_ref());
-                uffd.is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
-            }
-            _ => false,
-        };
-        if early {
-            return Some(command);
-        }
-        self.obey(command);
-        None
-    }
-
-    /// Looks again at the commands that had to wait.
-    fn obey_held(&mut self) {
-        for _ in 0..self.held.len() {
-            let command = self.held.remove(0);
-            if let Some(command) = self.too_early(command) {
-                // A place was just made free.
-                let _ = self.held.try_push(command);
-            }
+            self.obey(command);
         }
     }
 
@@ -393,7 +355,6 @@ impl Handler {
             && !self.shared.is_attaching()
             && self.spaces.iter().all(|space| space.table.is_empty())
             && self.unsent.is_empty()
-            && self.held.is_empty()
             && self.keeper.try_post(Post::HandlerEnded).is_ok()
     }
 
@@ -416,9 +377,12 @@ impl Handler {
             }
             Command::Left => self.leavers -= 1,
             Command::Overlap { start, end, reply } => {
-                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index].table);
-                let hit = own.and_then(|table| table.iter().find(|area| area.start < end && start < area.end));
-                reply.answer(hit.map(|area| area.start.max(start)));
+                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index]);
+                let mut areas = own.into_iter().flat_map(|own| own.table.iter());
+                let hit = areas.find(|area| area.start < end && start < area.end).map(|area| area.start.max(start));
+                // As for a new area: the one that was hit may have ended, and the addresses be somebody else's.
+                let unsure = hit.is_some() && own.is_some_and(is_changing);
+                reply.answer(if unsure { Err(Changing) } else { Ok(hit) });
             }
             Command::Fork { parent, child, mut records, reply } => {
                 let outcome = self.fork(parent, child, &mut records);
@@ -467,16 +431,17 @@ impl Handler {
         }
     }
 
-    fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), InsertError<Target>> {
-        match self.index_of(space) {
-            Some(index) if !self.retired => {
-                let space = &mut self.spaces[index];
-                space.table.insert(area)?;
-                space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
-                Ok(())
-            }
-            _ => Err(InsertError::NoMemory(area, Errno::ESHUTDOWN)),
+    fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), NotEntered> {
+        let Some(index) = self.index_of(space).filter(|_| !self.retired) else { return Err(NotEntered::Ended(area)) };
+        let space = &mut self.spaces[index];
+        // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be of
+        // the very addresses that the new area has by now, and would be taken for its end.
+        if is_changing(space) {
+            return Err(NotEntered::Changing(area));
         }
+        space.table.insert(area).map_err(NotEntered::Table)?;
+        space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Makes the space of a child: every area that it inherits, counted from now on.
@@ -518,6 +483,11 @@ impl Handler {
         }
         Some(removed)
     }
+}
+
+/// Tells whether an event of a space is not read yet, or its thread has not run on since.
+fn is_changing(space: &Space) -> bool {
+    space.uffd.as_ref().is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
 }
 
 /// Applies an event of the kernel to a space's table, and tells the keeper what ended.

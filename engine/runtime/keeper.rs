@@ -18,7 +18,7 @@ use super::call::Ticket;
 use super::children::fork_space;
 use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
-use super::insert::{NewArea, insert};
+use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
 use super::threads;
 use crate::fork::records::write_records;
@@ -204,7 +204,7 @@ impl Keeper {
             Ask::Watch => return self.watch(space, descriptor),
             Ask::Hello { pid, errno } => return self.introduce(space, pid, errno, descriptor),
             Ask::Attach(record) => match self.attach(space, &record) {
-                Ok(Some(first)) => Ok((Reply::Attached { first }, None)),
+                Ok(Some(reply)) => Ok((reply, None)),
                 Ok(None) => {
                     self.deferred.push((space, record));
                     return;
@@ -280,8 +280,9 @@ impl Keeper {
         }
     }
 
-    /// Attaches an area that a child has mapped; `None` when a callback must run before.
-    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<bool>> {
+    /// Attaches an area that a child has mapped; `None` when a callback must run before. A child whose address space is
+    /// changing is told to ask again: to wait for it here would be to let all others wait.
+    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<Reply>> {
         let (start, len) = (record.start as usize, record.len as usize);
         let end = start.checked_add(len).filter(|_| len > 0 && is_aligned(start) && is_aligned(len));
         let last = record.pgoff.checked_add((len / page_size()) as u64);
@@ -295,14 +296,17 @@ impl Keeper {
         let area =
             NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
         let inserted = insert(&self.shared, space, &vmap, area);
-        if inserted.is_err() {
+        if !matches!(inserted, Ok(Inserted::Served)) {
             vmap.take_back(first);
         }
         if first {
             // Only this thread puts attaches off, and it did not meanwhile.
             vmap.transition_done();
         }
-        inserted.map(|()| Some(first))
+        inserted.map(|inserted| match inserted {
+            Inserted::Served => Some(Reply::Attached { first }),
+            Inserted::Later => Some(Reply::Later),
+        })
     }
 
     fn retry_deferred(&mut self) {
@@ -312,7 +316,7 @@ impl Keeper {
             }
             match self.attach(space, &record) {
                 Ok(None) => self.deferred.push((space, record)),
-                Ok(Some(first)) => self.reply(space, Reply::Attached { first }, None),
+                Ok(Some(reply)) => self.reply(space, reply, None),
                 Err(error) => self.reply(space, Reply::Refused(error.errno()), None),
             }
         }
