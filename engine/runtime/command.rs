@@ -20,7 +20,7 @@ use crate::vmap::core::Contents;
 
 /// The child's half of a fork, as the fault-handling thread sees it.
 pub(crate) struct Forked {
-    /// Filled with what the child shall map.
+    /// What the child shall map.
     pub(crate) records: MmapVec<AreaRecord>,
     pub(crate) outcome: Result<(), Errno>,
 }
@@ -54,6 +54,8 @@ pub(crate) enum Command {
     Overlap { start: usize, end: usize, reply: Ticket<Result<Option<usize>, Changing>> },
     /// Makes the space of a child that is about to be forked from `parent`, and counts its areas.
     Fork { parent: SpaceId, child: Arc<SpaceCounters>, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
+    /// Tells the areas that a child of a space would inherit, from the `skip`ped on, `most` of them.
+    Inherited { parent: SpaceId, skip: usize, most: usize, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
     /// Gives a child's space its userfaultfd.
     Adopt { space: SpaceId, uffd: Arc<Private<Userfault>>, reply: Ticket<Result<(), Errno>> },
     /// Takes a space out.

@@ -388,6 +388,12 @@ impl Handler {
                 let outcome = self.fork(parent, child, &mut records);
                 reply.answer(Forked { records, outcome });
             }
+            Command::Inherited { parent, skip, most, mut records, reply } => {
+                let table = self.index_of(parent).map(|index| &self.spaces[index].table);
+                let mut wanted = table.into_iter().flat_map(inherited).skip(skip).take(most);
+                let outcome = wanted.try_for_each(|area| records.try_push(AreaRecord::of(area)));
+                reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
+            }
             Command::Adopt { space, uffd, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
@@ -454,12 +460,11 @@ impl Handler {
         let index = self.index_of(parent).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
         let mut table = AreaTable::new();
         self.spaces.try_reserve(1)?;
-        let parent = &self.spaces[index];
-        let inherited = || parent.table.iter().filter(|area| area.target.inherit && !area.leaving);
-        let nr_areas = inherited().count();
+        let parent = &self.spaces[index].table;
+        let nr_areas = inherited(parent).count();
         records.try_reserve(nr_areas)?;
         table.try_reserve(nr_areas)?;
-        for area in inherited() {
+        for area in inherited(parent) {
             records.try_push(AreaRecord::of(area)).map_err(|(_, errno)| errno)?;
             table.insert(area.clone()).map_err(|_| Errno::ENOMEM)?;
         }
@@ -483,6 +488,11 @@ impl Handler {
         }
         Some(removed)
     }
+}
+
+/// The areas that a child inherits.
+fn inherited(table: &AreaTable<Target>) -> impl Iterator<Item = &Area<Target>> {
+    table.iter().filter(|area| area.target.inherit && !area.leaving)
 }
 
 /// Tells whether an event of a space is not read yet, or its thread has not run on since.

@@ -15,14 +15,14 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::bell::EpollFd;
 use super::call::Ticket;
-use super::children::fork_space;
+use super::children::{fork_space, inherited_areas};
 use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
 use super::threads;
 use crate::fork::records::write_records;
-use crate::fork::wire::{self, Ask, Reply};
+use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::pid_of;
@@ -221,6 +221,7 @@ impl Keeper {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
                 None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
             },
+            Ask::Inherited { skip } => self.inherited(space, skip).map(|reply| (reply, None)),
             Ask::Fork => self.fork(space, descriptor).map(|memfd| (Reply::Forked, Some(memfd))),
         };
         let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
@@ -334,6 +335,12 @@ impl Keeper {
         let records = fork_space(&self.shared, parent, lifeline)?;
         self.obey_requests();
         write_records(&records)
+    }
+
+    /// Tells a child some of the areas that a child of it would inherit.
+    fn inherited(&self, space: SpaceId, skip: u64) -> Result<Reply> {
+        let records = inherited_areas(&self.shared, space, skip as usize, AREAS_PER_ANSWER)?;
+        Ok(Reply::Areas(std::array::from_fn(|n| records.get(n).copied())))
     }
 
     /// The child's end of the lifeline is closed: it exited, was killed, called exec, never came to be, or closed a

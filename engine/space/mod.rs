@@ -63,6 +63,16 @@ impl AreaRecord {
     /// A forked child gets the area too.
     pub(crate) const INHERIT: u64 = 2;
 
+    pub(crate) const WORDS: usize = Self::BYTES / 8;
+
+    pub(crate) fn to_words(self) -> [u64; Self::WORDS] {
+        [self.start, self.len, self.pgoff, self.region, self.vmap, self.flags]
+    }
+
+    pub(crate) fn from_words([start, len, pgoff, region, vmap, flags]: [u64; Self::WORDS]) -> AreaRecord {
+        AreaRecord { start, len, pgoff, region, vmap, flags }
+    }
+
     pub(crate) fn flags(writable: bool, inherit: bool) -> u64 {
         (Self::WRITABLE * u64::from(writable)) | (Self::INHERIT * u64::from(inherit))
     }
