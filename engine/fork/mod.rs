@@ -31,7 +31,7 @@ use crate::process::ledger::{self, Ledger, Private};
 use crate::process::mapping::{self, Mapping, Placement};
 use crate::process::{close_gate, descend, gate, open_pidfd};
 use crate::runtime::call::call;
-use crate::runtime::children::fork_space;
+use crate::runtime::children::{fork_space, inherited_areas};
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role, spawn_in_child};
 use crate::space::mmap_vec::MmapVec;
@@ -83,15 +83,10 @@ fn lock_engines() -> MutexGuard<'static, Vec<Weak<EngineShared>>> {
 /// What a child will need of one engine.
 struct Prepared {
     shared: Arc<EngineShared>,
-    inheritance: Result<Inheritance>,
-}
-
-struct Inheritance {
+    /// The areas that it inherits, or would if it could.
     records: MmapVec<AreaRecord>,
-    /// The child's end.
-    lifeline: OwnedFd,
-    /// In the child: whether the areas' addresses could be reserved.
-    reserved: std::result::Result<(), Errno>,
+    /// The child's end of its lifeline; why it can't be served if there is none.
+    lifeline: Result<OwnedFd>,
 }
 
 /// What the forking thread holds from *prepare* to *parent* or *child*. Dropped in this order.
@@ -111,7 +106,7 @@ extern "C" fn prepare() {
         // threads is then either before that or after the fork, and a descriptor made here is in no other child.
         let gate = close_gate();
         let inherited = engines_ungated().into_iter();
-        let prepared = inherited.map(|shared| Prepared { inheritance: inherit(&shared), shared }).collect();
+        let prepared = inherited.map(Prepared::new).collect();
         let ledger = ledger::lock();
         HELD.set(Some(Held { ledger, _gate: gate, prepared }));
     }));
@@ -121,9 +116,9 @@ extern "C" fn parent() {
     let _ = catch_unwind(|| {
         if let Some(Held { ledger, _gate: gate, prepared }) = HELD.take() {
             // The child's ends of the lifelines before another thread can fork: its child would hide the hang-up.
-            let (engines, inheritances): (Vec<_>, Vec<_>) =
-                prepared.into_iter().map(|prepared| (prepared.shared, prepared.inheritance)).unzip();
-            drop(inheritances);
+            let (engines, lifelines): (Vec<_>, Vec<_>) =
+                prepared.into_iter().map(|prepared| (prepared.shared, prepared.lifeline)).unzip();
+            drop(lifelines);
             drop(ledger);
             drop(gate);
             // After the locks, which it may need if this was the last reference.
@@ -134,18 +129,16 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        let Some(Held { mut ledger, _gate: gate, mut prepared }) = HELD.take() else { return };
+        let Some(Held { mut ledger, _gate: gate, prepared }) = HELD.take() else { return };
         descend();
         ledger.close_all();
         // No other thread is here that the locks would keep away.
         drop(ledger);
         drop(gate);
         // Before anything else is mapped, by the allocator or for a thread's stack, of this engine or of another.
-        for inheritance in prepared.iter_mut().filter_map(|prepared| prepared.inheritance.as_mut().ok()) {
-            inheritance.reserved = reserve_all(&inheritance.records);
-        }
-        for Prepared { shared, inheritance } in prepared {
-            let local = match inheritance.and_then(|inheritance| reattach(&shared, inheritance)) {
+        let prepared = prepared.into_iter().map(|prepared| (reserve_all(&prepared.records), prepared));
+        for (reserved, Prepared { shared, records, lifeline }) in prepared.collect::<Vec<_>>() {
+            let local = match lifeline.and_then(|lifeline| reattach(&shared, &records, lifeline, reserved)) {
                 Ok(local) => local,
                 Err(error) => Local::Lost { why: error.to_string() },
             };
@@ -156,8 +149,49 @@ extern "C" fn child() {
     }));
 }
 
-/// In the parent, before the fork: has the child's areas counted and its lifeline kept.
-fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
+impl Prepared {
+    /// In the parent, before the fork.
+    fn new(shared: Arc<EngineShared>) -> Prepared {
+        match inherit(&shared) {
+            Ok((records, lifeline)) => Prepared { shared, records, lifeline: Ok(lifeline) },
+            // At least their addresses stay free of anything else. When the engine is gone, nobody knows them.
+            Err(why) => {
+                let records = would_inherit(&shared).unwrap_or_else(|_| MmapVec::new());
+                Prepared { shared, records, lifeline: Err(why) }
+            }
+        }
+    }
+}
+
+/// Tells the areas of a child that can't be served. Takes no descriptor: want of them may be the cause.
+fn would_inherit(shared: &EngineShared) -> Result<MmapVec<AreaRecord>> {
+    match &*shared.local_ungated() {
+        Local::Owner { .. } if threads::current_role(shared.id) == Some(Role::Fault) => Ok(MmapVec::new()),
+        Local::Owner { .. } => inherited_areas(shared, OWN_SPACE, 0, usize::MAX),
+        Local::Child { lifeline, .. } => {
+            let mut records = MmapVec::new();
+            loop {
+                let (Reply::Areas(areas), _) = lifeline.ask(Ask::Inherited { skip: records.len() as u64 }, None)?
+                else {
+                    return Err(Error::sys("the answer about a child's areas")(Errno::EPROTO));
+                };
+                if areas.iter().flatten().count() == 0 {
+                    return Ok(records);
+                }
+                for record in areas.into_iter().flatten() {
+                    let no_memory = Error::sys("mmap for the areas of a child");
+                    records.try_push(record).map_err(|(_, errno)| no_memory(errno))?;
+                }
+            }
+        }
+        // It has reservations itself, which a child inherits.
+        Local::Lost { .. } => Ok(MmapVec::new()),
+    }
+}
+
+/// In the parent, before the fork: has the child's areas counted and its lifeline kept. Answers with the areas and the
+/// child's end.
+fn inherit(shared: &Arc<EngineShared>) -> Result<(MmapVec<AreaRecord>, OwnedFd)> {
     if let Some(Role::Keeper | Role::Fault) = threads::current_role(shared.id) {
         return Err(Error::WouldDeadlock { what: "a fork", thread: "keeper" });
     }
@@ -167,14 +201,14 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
         Local::Owner { .. } => {
             let engine_end = ledger::lock().adopt(engine_end);
             let records = fork_space(shared, OWN_SPACE, engine_end)?;
-            Ok(Inheritance { records, lifeline: child_end, reserved: Ok(()) })
+            Ok((records, child_end))
         }
         Local::Child { lifeline, .. } => {
             let (reply, memfd) = lifeline.ask(Ask::Fork, Some(engine_end.as_fd()))?;
             let (Reply::Forked, Some(memfd)) = (reply, memfd) else {
                 return Err(Error::sys("the answer to a fork")(Errno::EPROTO));
             };
-            Ok(Inheritance { records: read_records(memfd)?, lifeline: child_end, reserved: Ok(()) })
+            Ok((read_records(memfd)?, child_end))
         }
         Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
     }
@@ -182,13 +216,17 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<Inheritance> {
 
 /// In the child: maps and registers what it inherits, starts the guard, greets the engine. All or nothing: when any
 /// step fails the engine is told so, takes the count back, and the child has none of the areas.
-fn reattach(shared: &Arc<EngineShared>, inheritance: Inheritance) -> Result<Local> {
-    let Inheritance { records, lifeline, reserved } = inheritance;
+fn reattach(
+    shared: &Arc<EngineShared>,
+    records: &[AreaRecord],
+    lifeline: OwnedFd,
+    reserved: std::result::Result<(), Errno>,
+) -> Result<Local> {
     let socket = Arc::new(ledger::lock().adopt(lifeline));
     let lifeline = Lifeline::new(Arc::clone(&socket));
     let pid = nix::unistd::getpid().as_raw();
     let attempt =
-        reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, &records));
+        reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, records));
     let outcome = attempt.and_then(|mut attached| {
         let pidfd = open_pidfd(pid)?;
         let guard = guard::Guard {

@@ -15,10 +15,8 @@ pub(crate) fn write_records(records: &[AreaRecord]) -> Result<OwnedFd> {
     let memfd = new_memfd(c"kiomap-areas")?;
     let file = File::from(memfd);
     let mut bytes = Vec::with_capacity(size_of_val(records));
-    for r in records {
-        for word in [r.start, r.len, r.pgoff, r.region, r.vmap, r.flags] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
-        }
+    for word in records.iter().flat_map(|record| record.to_words()) {
+        bytes.extend_from_slice(&word.to_ne_bytes());
     }
     file.write_all_at(&bytes, 0).map_err(Error::io("writing the areas of a child"))?;
     Ok(file.into())
@@ -31,9 +29,7 @@ pub(crate) fn read_records(memfd: OwnedFd) -> Result<MmapVec<AreaRecord>> {
     let mut records = MmapVec::new();
     for chunk in bytes.chunks_exact(AreaRecord::BYTES) {
         let mut words = chunk.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
-        let mut next = || words.next().unwrap_or(0);
-        let record =
-            AreaRecord { start: next(), len: next(), pgoff: next(), region: next(), vmap: next(), flags: next() };
+        let record = AreaRecord::from_words(std::array::from_fn(|_| words.next().unwrap_or(0)));
         records.try_push(record).map_err(|(_, errno)| Error::sys("mmap for the areas of a child")(errno))?;
     }
     Ok(records)

@@ -12,6 +12,9 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 
 use crate::space::{AreaRecord, PIECES_PER_ANSWER, Pieces};
 
+/// The areas that are told in one answer.
+pub(crate) const AREAS_PER_ANSWER: usize = 2;
+
 /// "kiomap" and the version of the frames.
 const MAGIC: u64 = 0x6b69_6f6d_6170_0001;
 /// The magic, the kind, and the longest body: the pieces of a region.
@@ -38,6 +41,8 @@ pub(crate) enum Ask {
     LookUp { addr: u64 },
     /// "I am about to fork": with the engine's end of the child's lifeline.
     Fork,
+    /// "Which areas would a child of mine inherit?", after the first `skip`. Needs no descriptor.
+    Inherited { skip: u64 },
 }
 
 /// What the engine answers.
@@ -46,6 +51,10 @@ pub(crate) enum Reply {
     Attached {
         first: bool,
     },
+    /// "Your address space is changing: ask again."
+    Later,
+    /// None when there are no more.
+    Areas([Option<AreaRecord>; AREAS_PER_ANSWER]),
     Pieces(Pieces),
     Done,
     Count(u64),
@@ -60,26 +69,28 @@ impl Ask {
     fn to_words(self) -> Words {
         match self {
             Ask::Hello { pid, errno, nr_unlocked } => words(1, &[pid as u64, errno as u64, nr_unlocked]),
-            Ask::Attach(r) => words(2, &[r.start, r.len, r.pgoff, r.region, r.vmap, r.flags]),
+            Ask::Attach(record) => words(2, &record.to_words()),
             Ask::Pieces { region } => words(3, &[region]),
             Ask::Sync => words(4, &[]),
             Ask::Refcount { vmap } => words(5, &[vmap]),
             Ask::Fork => words(6, &[]),
             Ask::Watch => words(7, &[]),
             Ask::LookUp { addr } => words(8, &[addr]),
+            Ask::Inherited { skip } => words(9, &[skip]),
         }
     }
 
     fn from_words(w: &Words) -> Option<Ask> {
         Some(match w[1] {
             1 => Ask::Hello { pid: w[2] as i32, errno: w[3] as i32, nr_unlocked: w[4] },
-            2 => Ask::Attach(AreaRecord { start: w[2], len: w[3], pgoff: w[4], region: w[5], vmap: w[6], flags: w[7] }),
+            2 => Ask::Attach(AreaRecord::from_words([w[2], w[3], w[4], w[5], w[6], w[7]])),
             3 => Ask::Pieces { region: w[2] },
             4 => Ask::Sync,
             5 => Ask::Refcount { vmap: w[2] },
             6 => Ask::Fork,
             7 => Ask::Watch,
             8 => Ask::LookUp { addr: w[2] },
+            9 => Ask::Inherited { skip: w[2] },
             _ => return None,
         })
     }
@@ -100,6 +111,14 @@ impl Reply {
             Reply::Count(count) => words(4, &[count]),
             Reply::Forked => words(5, &[]),
             Reply::Refused(errno) => words(6, &[errno as u64]),
+            Reply::Later => words(7, &[]),
+            Reply::Areas(records) => {
+                let mut out = words(8, &[records.iter().flatten().count() as u64]);
+                for (slot, record) in out[3..].chunks_exact_mut(AreaRecord::WORDS).zip(records.iter().flatten()) {
+                    slot.copy_from_slice(&record.to_words());
+                }
+                out
+            }
         }
     }
 
@@ -118,6 +137,16 @@ impl Reply {
             4 => Reply::Count(w[2]),
             5 => Reply::Forked,
             6 => Reply::Refused(Errno::from_raw(w[2] as i32)),
+            7 => Reply::Later,
+            8 => {
+                let nr_areas = usize::try_from(w[2]).ok().filter(|&n| n <= AREAS_PER_ANSWER)?;
+                let mut records = [None; AREAS_PER_ANSWER];
+                let words = w[3..].chunks_exact(AreaRecord::WORDS).take(nr_areas);
+                for (record, words) in records.iter_mut().zip(words) {
+                    *record = Some(AreaRecord::from_words(words.try_into().ok()?));
+                }
+                Reply::Areas(records)
+            }
             _ => return None,
         })
     }
@@ -193,9 +222,10 @@ fn receive<T>(
             other => other?,
         };
         let mut descriptor = None;
-        // At most one comes with a message: where there is no room for it (EMFILE), the kernel cuts it off whole, which
-        // is an error here. Of several, those that fitted would be lost to us, and stay open.
-        for part in message.cmsgs()? {
+        // At most one comes with a message: where there is no room for it (EMFILE), the kernel cuts it off whole and
+        // says so, which is an error here. The message is then one without a descriptor. Of several, those that fitted
+        // would be lost to us, and stay open.
+        for part in message.cmsgs().into_iter().flatten() {
             if let ControlMessageOwned::ScmRights(numbers) = part {
                 // SAFETY: the kernel has just put this descriptor into our table; nobody else knows it.
                 descriptor = numbers.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
@@ -241,6 +271,7 @@ mod tests {
             Ask::Fork,
             Ask::Watch,
             Ask::LookUp { addr: 1 << 40 },
+            Ask::Inherited { skip: 4 },
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();
@@ -260,6 +291,17 @@ mod tests {
         let Reply::Pieces(got) = reply else { panic!("{reply:?}") };
         assert_eq!(got.as_slice(), pieces.as_slice());
         assert!(descriptor.is_some());
+    }
+
+    #[test]
+    fn areas_survive_the_wire() {
+        let (a, b) = pair();
+        let record = AreaRecord { start: 1 << 40, len: 8192, pgoff: 3, region: 4, vmap: 5, flags: 1 };
+        for records in [[None; 2], [Some(record), None], [Some(record), Some(AreaRecord { region: 9, ..record })]] {
+            send_reply(a.as_fd(), Reply::Areas(records), None).unwrap();
+            let Some((Reply::Areas(got), None)) = receive_reply(b.as_fd()).unwrap() else { panic!() };
+            assert_eq!(got, records);
+        }
     }
 
     #[test]

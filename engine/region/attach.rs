@@ -13,7 +13,8 @@ use crate::process::mapping::{Mapping, Placement};
 use crate::process::{depth, gate};
 use crate::runtime::callbacks;
 use crate::runtime::handles::Request;
-use crate::runtime::insert::{NewArea, insert};
+use crate::runtime::insert::{Inserted, NewArea, insert};
+use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
@@ -127,7 +128,8 @@ impl Vmap {
     /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
     /// [`Error::AddressTaken`]; [`Error::MemoryLock`] when the vmap is to be locked in memory, or all memory of the process
     /// is (`mlockall`), and the kernel refuses that; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with
-    /// `ENOMEM` for want of address space or mappings. Mappings, count and registrations are then as before.
+    /// `ENOMEM` for want of address space or mappings, or with `EAGAIN` when other threads unmap, move or advise on areas
+    /// without a pause for ten seconds. Mappings, count and registrations are then as before.
     pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
         attach(&self.core, &self.shared, options, None)
     }
@@ -226,12 +228,17 @@ fn attach(
                 flags: AreaRecord::flags(options.writable, options.inherit)
                     | (AreaRecord::UNLOCKED * u64::from(downgraded)),
             };
-            let answer = {
-                let _gate = gate();
-                lifeline.ask(Ask::Attach(record), None)?
-            };
-            let (Reply::Attached { first }, _) = answer else {
-                return Err(Error::sys("the answer to an attach")(Errno::EPROTO));
+            let mut patience = Patience::new();
+            let first = loop {
+                let answer = {
+                    let _gate = gate();
+                    lifeline.ask(Ask::Attach(record), None)?
+                };
+                match answer {
+                    (Reply::Attached { first }, _) => break first,
+                    (Reply::Later, _) => patience.wait()?,
+                    _ => return Err(Error::sys("the answer to an attach")(Errno::EPROTO)),
+                }
             };
             registration.served(options.writable)?;
             if let Some(transition) = transition {
@@ -328,7 +335,7 @@ fn count_and_insert(
         writable: options.writable,
         inherit: options.inherit,
     };
-    if let Err(error) = insert(shared, OWN_SPACE, core, area) {
+    if let Err(error) = insert_patiently(shared, core, area) {
         core.take_back(first);
         return Err(error);
     }
@@ -337,4 +344,15 @@ fn count_and_insert(
         transition(first);
     }
     Ok(first)
+}
+
+/// Has a counted area of the engine's process served, as soon as its address space does not change.
+fn insert_patiently(shared: &EngineShared, core: &Arc<VmapCore>, area: NewArea) -> Result<()> {
+    let mut patience = Patience::new();
+    loop {
+        match insert(shared, OWN_SPACE, core, area)? {
+            Inserted::Served => return Ok(()),
+            Inserted::Later => patience.wait()?,
+        }
+    }
 }

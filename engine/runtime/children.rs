@@ -25,3 +25,18 @@ pub(crate) fn fork_space(
     shared.keeper.send(Request::Nascent { counters, lifeline });
     Ok(records)
 }
+
+/// In the engine's process: tells the areas that a child of `parent` would inherit, from the `skip`ped on, `most` of
+/// them. Takes no descriptor.
+pub(crate) fn inherited_areas(
+    shared: &EngineShared,
+    parent: SpaceId,
+    skip: usize,
+    most: usize,
+) -> Result<MmapVec<AreaRecord>> {
+    let records = MmapVec::new();
+    let Forked { records, outcome } =
+        shared.handler.ask(|reply| Command::Inherited { parent, skip, most, records, reply })?;
+    outcome.map_err(Error::sys("mmap for the areas of a child"))?;
+    Ok(records)
+}

@@ -21,16 +21,29 @@ use crate::vmap::core::Contents;
 
 /// The child's half of a fork, as the fault-handling thread sees it.
 pub(crate) struct Forked {
-    /// Filled with what the child shall map.
+    /// What the child shall map.
     pub(crate) records: MmapVec<AreaRecord>,
     pub(crate) outcome: Result<(), Errno>,
 }
 
+/// Why an area was not entered. It goes back: nothing is freed where that is said.
+pub(crate) enum NotEntered {
+    /// The table refused it.
+    Table(InsertError<Target>),
+    /// The engine was shut down, or the space is gone.
+    Ended(#[expect(dead_code, reason = "dropped by the asker")] Area<Target>),
+    /// Its address space is changing: to be asked again.
+    Changing(#[expect(dead_code, reason = "dropped by the asker")] Area<Target>),
+}
+
+/// An address space is changing: what was asked can't be said now, but soon.
+pub(crate) struct Changing;
+
 /// A request to the fault-handling thread. It answers without allocating or freeing memory: whatever is to be
 /// dropped goes back in the answer, or is kept alive by the asker.
 pub(crate) enum Command {
-    /// Adds an area to a space.
-    Insert { space: SpaceId, area: Area<Target>, reply: Ticket<Result<(), InsertError<Target>>> },
+    /// Adds an area to a space, unless that is changing at this moment.
+    Insert { space: SpaceId, area: Area<Target>, reply: Ticket<Result<(), NotEntered>> },
     /// Tells pieces of a region.
     Pieces { space: SpaceId, region: u64, reply: Ticket<Pieces> },
     /// Marks a region of the own process, and tells of how many pieces it consists: their end will not be reported, and
@@ -39,9 +52,11 @@ pub(crate) enum Command {
     /// A region that was left is counted.
     Left,
     /// Tells the start of an area of the own process that overlaps a range.
-    Overlap { start: usize, end: usize, reply: Ticket<Option<usize>> },
+    Overlap { start: usize, end: usize, reply: Ticket<Result<Option<usize>, Changing>> },
     /// Makes the space of a child that is about to be forked from `parent`, and counts its areas.
     Fork { parent: SpaceId, child: Arc<SpaceCounters>, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
+    /// Tells the areas that a child of a space would inherit, from the `skip`ped on, `most` of them.
+    Inherited { parent: SpaceId, skip: usize, most: usize, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
     /// Gives a child's space its userfaultfd.
     Adopt { space: SpaceId, uffd: Arc<Private<Userfault>>, reply: Ticket<Result<(), Errno>> },
     /// Takes a space out.

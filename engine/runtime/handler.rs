@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::bell::{Bell, EpollFd};
-use super::command::{Command, Forked, Post, ReadBuffer, ReadDone, ReadJob};
+use super::command::{Changing, Command, Forked, NotEntered, Post, ReadBuffer, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
@@ -23,7 +23,7 @@ use super::workers::WorkerIds;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
-use crate::space::table::{Area, AreaTable, Change, InsertError};
+use crate::space::table::{Area, AreaTable, Change};
 use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
@@ -53,8 +53,6 @@ pub(crate) struct Handler {
     /// Faults to be tried again: the address space is changing, or a resource is not free.
     parked: MmapVec<Fault>,
     strays: Strays,
-    /// Commands that came too early.
-    held: MmapVec<Command>,
     /// Posts that found the keeper's channel full.
     unsent: MmapVec<Post>,
     resolver: Resolver,
@@ -123,7 +121,6 @@ impl Handler {
             bell: parts.bell,
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
-            held: MmapVec::new(),
             unsent: MmapVec::new(),
             done: parts.done,
             retired: false,
@@ -155,7 +152,6 @@ impl Handler {
             self.retry_parked();
             self.flush_unsent();
             // Commands come last: a barrier then stands behind everything that was read before it.
-            self.obey_held();
             if rung {
                 self.obey_commands();
             }
@@ -175,7 +171,7 @@ impl Handler {
 
     /// How long to wait for news: for ever, unless something is to be tried again.
     fn pause(&mut self) -> EpollTimeout {
-        if self.parked.is_empty() && self.unsent.is_empty() && self.held.is_empty() {
+        if self.parked.is_empty() && self.unsent.is_empty() {
             self.idle_rounds = 0;
             return EpollTimeout::NONE;
         }
@@ -414,41 +410,7 @@ impl Handler {
 
     fn obey_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
-            if let Some(command) = self.too_early(command)
-                && let Err((command, _)) = self.held.try_push(command)
-            {
-                // No memory to hold it, so it is not held.
-                self.obey(command);
-            }
-        }
-    }
-
-    /// Gives a command back that must wait; obeys any other.
-    fn too_early(&mut self, command: Command) -> Option<Command> {
-        let early = match &command {
-            // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be
-            // of the very addresses that the new area has by now, and would be taken for its end.
-            Command::Insert { space, .. } => {
-                let uffd = self.index_of(*space).and_then(|index| self.spaces[index].uffd.as_ref());
-                uffd.is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
-            }
-            _ => false,
-        };
-        if early {
-            return Some(command);
-        }
-        self.obey(command);
-        None
-    }
-
-    /// Looks again at the commands that had to wait.
-    fn obey_held(&mut self) {
-        for _ in 0..self.held.len() {
-            let command = self.held.remove(0);
-            if let Some(command) = self.too_early(command) {
-                // A place was just made free.
-                let _ = self.held.try_push(command);
-            }
+            self.obey(command);
         }
     }
 
@@ -458,7 +420,6 @@ impl Handler {
             && !self.shared.is_attaching()
             && self.spaces.iter().all(|space| space.table.is_empty())
             && self.unsent.is_empty()
-            && self.held.is_empty()
             && self.keeper.try_post(Post::HandlerEnded).is_ok()
     }
 
@@ -481,13 +442,22 @@ impl Handler {
             }
             Command::Left => self.leavers -= 1,
             Command::Overlap { start, end, reply } => {
-                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index].table);
-                let hit = own.and_then(|table| table.iter().find(|area| area.start < end && start < area.end));
-                reply.answer(hit.map(|area| area.start.max(start)));
+                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index]);
+                let mut areas = own.into_iter().flat_map(|own| own.table.iter());
+                let hit = areas.find(|area| area.start < end && start < area.end).map(|area| area.start.max(start));
+                // As for a new area: the one that was hit may have ended, and the addresses be somebody else's.
+                let unsure = hit.is_some() && own.is_some_and(is_changing);
+                reply.answer(if unsure { Err(Changing) } else { Ok(hit) });
             }
             Command::Fork { parent, child, mut records, reply } => {
                 let outcome = self.fork(parent, child, &mut records);
                 reply.answer(Forked { records, outcome });
+            }
+            Command::Inherited { parent, skip, most, mut records, reply } => {
+                let table = self.index_of(parent).map(|index| &self.spaces[index].table);
+                let mut wanted = table.into_iter().flat_map(inherited).skip(skip).take(most);
+                let outcome = wanted.try_for_each(|area| records.try_push(AreaRecord::of(area)));
+                reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
             Command::Adopt { space, uffd, reply } => {
                 let outcome = match self.index_of(space) {
@@ -537,16 +507,17 @@ impl Handler {
         }
     }
 
-    fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), InsertError<Target>> {
-        match self.index_of(space) {
-            Some(index) if !self.retired => {
-                let space = &mut self.spaces[index];
-                space.table.insert(area)?;
-                space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
-                Ok(())
-            }
-            _ => Err(InsertError::NoMemory(area, Errno::ESHUTDOWN)),
+    fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), NotEntered> {
+        let Some(index) = self.index_of(space).filter(|_| !self.retired) else { return Err(NotEntered::Ended(area)) };
+        let space = &mut self.spaces[index];
+        // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be of
+        // the very addresses that the new area has by now, and would be taken for its end.
+        if is_changing(space) {
+            return Err(NotEntered::Changing(area));
         }
+        space.table.insert(area).map_err(NotEntered::Table)?;
+        space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Makes the space of a child: every area that it inherits, counted from now on.
@@ -559,12 +530,11 @@ impl Handler {
         let index = self.index_of(parent).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
         let mut table = AreaTable::new();
         self.spaces.try_reserve(1)?;
-        let parent = &self.spaces[index];
-        let inherited = || parent.table.iter().filter(|area| area.target.inherit && !area.leaving);
-        let nr_areas = inherited().count();
+        let parent = &self.spaces[index].table;
+        let nr_areas = inherited(parent).count();
         records.try_reserve(nr_areas)?;
         table.try_reserve(nr_areas)?;
-        for area in inherited() {
+        for area in inherited(parent) {
             records.try_push(AreaRecord::of(area)).map_err(|(_, errno)| errno)?;
             table.insert(area.clone()).map_err(|_| Errno::ENOMEM)?;
         }
@@ -589,6 +559,16 @@ impl Handler {
         self.strays.forget(space);
         Some(removed)
     }
+}
+
+/// The areas that a child inherits.
+fn inherited(table: &AreaTable<Target>) -> impl Iterator<Item = &Area<Target>> {
+    table.iter().filter(|area| area.target.inherit && !area.leaving)
+}
+
+/// Tells whether an event of a space is not read yet, or its thread has not run on since.
+fn is_changing(space: &Space) -> bool {
+    space.uffd.as_ref().is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
 }
 
 /// Applies an event of the kernel to a space's table, and tells the keeper what ended.

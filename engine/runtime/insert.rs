@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use nix::errno::Errno;
-
-use super::command::Command;
+use super::command::{Command, NotEntered};
 use super::shared::EngineShared;
 use crate::process::gate;
 use crate::space::table::{Area, InsertError};
@@ -23,12 +21,21 @@ pub(crate) struct NewArea {
     pub(crate) inherit: bool,
 }
 
-/// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment.
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    Served,
+    /// The address space is changing: try again.
+    Later,
+}
+
+/// Has a counted area served from the vmap's list, the one of now, even if it is exchanged at this moment. Waits for
+/// nobody but the fault-handling thread.
 ///
 /// # Errors
 ///
 /// [`Error::AddressTaken`] when the table has the range as another area's; [`Error::Shutdown`]; [`Error::Sys`].
-pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<()> {
+pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<Inserted> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
     let Contents { list, window, generation } = vmap.contents();
     let target = Target { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone(), generation, inherit };
@@ -40,9 +47,14 @@ pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>
     };
     match inserted {
         Ok(()) => {}
-        Err(InsertError::Overlap(_)) => return Err(Error::AddressTaken { addr: start, len: end - start }),
-        Err(InsertError::NoMemory(_, Errno::ESHUTDOWN)) => return Err(Error::Shutdown),
-        Err(InsertError::NoMemory(_, errno)) => return Err(Error::sys("mmap for the area table")(errno)),
+        Err(NotEntered::Changing(_)) => return Ok(Inserted::Later),
+        Err(NotEntered::Ended(_)) => return Err(Error::Shutdown),
+        Err(NotEntered::Table(InsertError::Overlap(_))) => {
+            return Err(Error::AddressTaken { addr: start, len: end - start });
+        }
+        Err(NotEntered::Table(InsertError::NoMemory(_, errno))) => {
+            return Err(Error::sys("mmap for the area table")(errno));
+        }
     }
     let now = vmap.contents();
     if now.generation != generation {
@@ -51,5 +63,5 @@ pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>
         // When the engine has ended, nothing is served from either.
         let _ = shared.handler.ask(|reply| Command::SetList { vmap, contents, reply });
     }
-    Ok(())
+    Ok(Inserted::Served)
 }

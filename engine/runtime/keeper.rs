@@ -16,15 +16,15 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::bell::EpollFd;
 use super::call::Ticket;
-use super::children::fork_space;
+use super::children::{fork_space, inherited_areas};
 use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
-use super::insert::{NewArea, insert};
+use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
 use super::strays::{Finding, find, open_own_maps};
 use super::threads;
 use crate::fork::records::write_records;
-use crate::fork::wire::{self, Ask, Reply};
+use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::pid_of;
@@ -248,7 +248,7 @@ impl Keeper {
                 return self.introduce(space, pid, errno, descriptor);
             }
             Ask::Attach(record) => match self.attach(space, &record) {
-                Ok(Some(first)) => Ok((Reply::Attached { first }, None)),
+                Ok(Some(reply)) => Ok((reply, None)),
                 Ok(None) => {
                     self.deferred.push((space, record));
                     return;
@@ -269,6 +269,7 @@ impl Keeper {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
                 None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
             },
+            Ask::Inherited { skip } => self.inherited(space, skip).map(|reply| (reply, None)),
             Ask::Fork => self.fork(space, descriptor).map(|memfd| (Reply::Forked, Some(memfd))),
         };
         let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
@@ -328,8 +329,9 @@ impl Keeper {
         }
     }
 
-    /// Attaches an area that a child has mapped; `None` when a callback must run before.
-    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<bool>> {
+    /// Attaches an area that a child has mapped; `None` when a callback must run before. A child whose address space is
+    /// changing is told to ask again: to wait for it here would be to let all others wait.
+    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<Reply>> {
         let (start, len) = (record.start as usize, record.len as usize);
         let end = start.checked_add(len).filter(|_| len > 0 && is_aligned(start) && is_aligned(len));
         let last = record.pgoff.checked_add((len / page_size()) as u64);
@@ -343,17 +345,20 @@ impl Keeper {
         let area =
             NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
         let inserted = insert(&self.shared, space, &vmap, area);
-        if inserted.is_err() {
+        if !matches!(inserted, Ok(Inserted::Served)) {
             vmap.take_back(first);
         }
         if first {
             // Only this thread puts attaches off, and it did not meanwhile.
             vmap.transition_done();
         }
-        if inserted.is_ok() && record.flags & AreaRecord::UNLOCKED != 0 {
+        if matches!(inserted, Ok(Inserted::Served)) && record.flags & AreaRecord::UNLOCKED != 0 {
             add(&self.shared.counters.lock_downgrades, 1);
         }
-        inserted.map(|()| Some(first))
+        inserted.map(|inserted| match inserted {
+            Inserted::Served => Some(Reply::Attached { first }),
+            Inserted::Later => Some(Reply::Later),
+        })
     }
 
     fn retry_deferred(&mut self) {
@@ -363,7 +368,7 @@ impl Keeper {
             }
             match self.attach(space, &record) {
                 Ok(None) => self.deferred.push((space, record)),
-                Ok(Some(first)) => self.reply(space, Reply::Attached { first }, None),
+                Ok(Some(reply)) => self.reply(space, reply, None),
                 Err(error) => self.reply(space, Reply::Refused(error.errno()), None),
             }
         }
@@ -381,6 +386,12 @@ impl Keeper {
         let records = fork_space(&self.shared, parent, lifeline)?;
         self.obey_requests();
         write_records(&records)
+    }
+
+    /// Tells a child some of the areas that a child of it would inherit.
+    fn inherited(&self, space: SpaceId, skip: u64) -> Result<Reply> {
+        let records = inherited_areas(&self.shared, space, skip as usize, AREAS_PER_ANSWER)?;
+        Ok(Reply::Areas(std::array::from_fn(|n| records.get(n).copied())))
     }
 
     /// The child's end of the lifeline is closed: it exited, was killed, called exec, never came to be, or closed a

@@ -65,6 +65,16 @@ impl AreaRecord {
     /// In an attach of a child: the mapping was to be locked if allowed, and is not.
     pub(crate) const UNLOCKED: u64 = 4;
 
+    pub(crate) const WORDS: usize = Self::BYTES / 8;
+
+    pub(crate) fn to_words(self) -> [u64; Self::WORDS] {
+        [self.start, self.len, self.pgoff, self.region, self.vmap, self.flags]
+    }
+
+    pub(crate) fn from_words([start, len, pgoff, region, vmap, flags]: [u64; Self::WORDS]) -> AreaRecord {
+        AreaRecord { start, len, pgoff, region, vmap, flags }
+    }
+
     pub(crate) fn flags(writable: bool, inherit: bool) -> u64 {
         (Self::WRITABLE * u64::from(writable)) | (Self::INHERIT * u64::from(inherit))
     }

@@ -18,7 +18,8 @@ use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
-use crate::runtime::command::Command;
+use crate::runtime::command::{Changing, Command};
+use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
 use crate::{Error, Result};
@@ -148,10 +149,14 @@ fn refuse_own_memory(list: &Kiobuf) -> Result<()> {
     let engines = crate::fork::engines();
     for range in ranges {
         for engine in engines.iter().filter(|engine| !engine.is_child()) {
-            let overlap = engine.handler.ask(|reply| Command::Overlap { start: range.start, end: range.end, reply });
-            // An engine that has ended has no areas.
-            if let Ok(Some(addr)) = overlap {
-                return Err(Error::SourceInRegion { addr });
+            let mut patience = Patience::new();
+            loop {
+                match engine.handler.ask(|reply| Command::Overlap { start: range.start, end: range.end, reply }) {
+                    Ok(Ok(Some(addr))) => return Err(Error::SourceInRegion { addr }),
+                    // An engine that has ended has no areas.
+                    Ok(Ok(None)) | Err(_) => break,
+                    Ok(Err(Changing)) => patience.wait()?,
+                }
             }
         }
     }

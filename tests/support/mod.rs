@@ -24,9 +24,14 @@ const ALONE: &str = "KIOMAP_TEST_ALONE";
 /// Runs the body of the test `name` in a process of its own, which is killed at the deadline: forks then copy no other
 /// test's threads, and a hang is a failure. The test binary is run again with only this test.
 pub(crate) fn alone(name: &str, body: impl FnOnce()) {
+    alone_for(DEADLINE, name, body);
+}
+
+/// As [`alone`], for a body that takes longer than other tests: it is killed after `deadline`.
+pub(crate) fn alone_for(deadline: Duration, name: &str, body: impl FnOnce()) {
     if std::env::var_os(ALONE).is_some_and(|chosen| chosen == name) {
         // The kernel ends a process that hangs, whatever its threads do.
-        nix::unistd::alarm::set(DEADLINE.as_secs() as u32);
+        nix::unistd::alarm::set(deadline.as_secs() as u32);
         return body();
     }
     let mut child = Command::new(std::env::current_exe().unwrap())
@@ -54,7 +59,7 @@ pub(crate) fn alone(name: &str, body: impl FnOnce()) {
     assert!(status.success(), "{name} ended with {status}\n--- stdout\n{out}\n--- stderr\n{err}");
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
     // What was skipped is told by the process that skipped it.
-    for line in err.lines().filter(|line| line.contains("skipped, because")) {
+    for line in err.lines().filter(|line| line.contains("skipped, because") || line.contains("came and went")) {
         tell(line);
     }
 }
