@@ -340,6 +340,29 @@ fn a_locked_attach_over_the_limit_leaves_everything_as_it_was() {
     });
 }
 
+/// T24, T78: where the application has all future memory locked, a region that does not fit is refused by the kernel's own
+/// answer, whatever the vmap's residency.
+#[test]
+fn an_attach_over_the_limit_is_refused_where_all_memory_is_locked() {
+    alone("an_attach_over_the_limit_is_refused_where_all_memory_is_locked", || {
+        let engine = engine();
+        for residency in [Residency::Swappable, Residency::Locked, Residency::LockedIfAllowed] {
+            let vmap = publish(&engine, &pages(6), residency);
+            let before = state(&engine);
+            allow_locking(256);
+            mlockall(MlockAllFlags::MCL_FUTURE).unwrap();
+            let refused = vmap.attach(&long(257)).unwrap_err();
+            let after = state(&engine);
+            let attached = vmap.attach(&long(8));
+            munlockall().unwrap();
+            assert_refused(refused, 257, 256, Errno::EAGAIN);
+            assert_eq!(after, before);
+            assert_marks(&attached.unwrap(), 0..6);
+            assert_count(&engine, &vmap, 0);
+        }
+    });
+}
+
 /// T62, B9: a child that may not lock what it inherits has none of it, knows why, and is not counted.
 #[test]
 fn a_child_that_may_not_lock_its_areas_has_none() {
