@@ -644,3 +644,36 @@ fn locking_what_is_mapped_makes_no_zero_page() {
         assert_count(&engine, &vmap, 1);
     });
 }
+
+/// T39, T41, T78: where a region grows that the application has locked, the kernel populates it before it tells of the move,
+/// and while it installs nothing through the userfaultfd that reports the move: the pages come another way.
+#[test]
+fn a_region_that_grows_while_it_is_locked_is_served() {
+    alone("a_region_that_grows_while_it_is_locked_is_served", || {
+        for (list, engine) in [(pages(12), engine()), (sourced_pages(12), engine()), (pages(12), user_mode_only())] {
+            let vmap = engine.vmap(&list).unwrap();
+            let region = vmap.attach(&long(4)).unwrap();
+            let locked = mlock(at(&region, 0), 4).is_ok();
+            assert_eq!(locked, engine.open_way().serves_kernel_faults());
+            let place = populated(0, 14);
+            let (from, to) = (at(&region, 0).cast(), place as *mut libc::c_void);
+            let (old, new) = (4 * page_size(), 14 * page_size());
+            // SAFETY: moves the region to where this test has mapped pages of its own.
+            let moved = unsafe { libc::mremap(from, old, new, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+            assert_eq!(moved, to, "{}", Errno::last());
+            for page in 0..14 {
+                let touched = touch::read(moved.cast::<u8>().wrapping_add(page * page_size()));
+                if page < 12 {
+                    assert_eq!(touched, Ok(mark(page as u64)), "page {page}");
+                } else {
+                    assert!(touched.is_err_and(|refused| refused.signal == libc::SIGBUS), "page {page}: {touched:?}");
+                }
+            }
+            assert_nobody_waits(&engine);
+            // What it grew by was there before it came itself: a piece of its own.
+            assert_count(&engine, &vmap, if locked { 2 } else { 1 });
+            drop(region);
+            assert_count(&engine, &vmap, 0);
+        }
+    });
+}
