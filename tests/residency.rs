@@ -340,6 +340,29 @@ fn a_locked_attach_over_the_limit_leaves_everything_as_it_was() {
     });
 }
 
+/// T24, T78: where the application has all future memory locked, a region that does not fit is refused by the kernel's own
+/// answer, whatever the vmap's residency.
+#[test]
+fn an_attach_over_the_limit_is_refused_where_all_memory_is_locked() {
+    alone("an_attach_over_the_limit_is_refused_where_all_memory_is_locked", || {
+        let engine = engine();
+        for residency in [Residency::Swappable, Residency::Locked, Residency::LockedIfAllowed] {
+            let vmap = publish(&engine, &pages(6), residency);
+            let before = state(&engine);
+            allow_locking(256);
+            mlockall(MlockAllFlags::MCL_FUTURE).unwrap();
+            let refused = vmap.attach(&long(257)).unwrap_err();
+            let after = state(&engine);
+            let attached = vmap.attach(&long(8));
+            munlockall().unwrap();
+            assert_refused(refused, 257, 256, Errno::EAGAIN);
+            assert_eq!(after, before);
+            assert_marks(&attached.unwrap(), 0..6);
+            assert_count(&engine, &vmap, 0);
+        }
+    });
+}
+
 /// T62, B9: a child that may not lock what it inherits has none of it, knows why, and is not counted.
 #[test]
 fn a_child_that_may_not_lock_its_areas_has_none() {
@@ -619,5 +642,38 @@ fn locking_what_is_mapped_makes_no_zero_page() {
         (8..10).for_each(|page| assert_sigbus(&region, page));
         assert_nobody_waits(&engine);
         assert_count(&engine, &vmap, 1);
+    });
+}
+
+/// T39, T41, T78: where a region grows that the application has locked, the kernel populates it before it tells of the move,
+/// and while it installs nothing through the userfaultfd that reports the move: the pages come another way.
+#[test]
+fn a_region_that_grows_while_it_is_locked_is_served() {
+    alone("a_region_that_grows_while_it_is_locked_is_served", || {
+        for (list, engine) in [(pages(12), engine()), (sourced_pages(12), engine()), (pages(12), user_mode_only())] {
+            let vmap = engine.vmap(&list).unwrap();
+            let region = vmap.attach(&long(4)).unwrap();
+            let locked = mlock(at(&region, 0), 4).is_ok();
+            assert_eq!(locked, engine.open_way().serves_kernel_faults());
+            let place = populated(0, 14);
+            let (from, to) = (at(&region, 0).cast(), place as *mut libc::c_void);
+            let (old, new) = (4 * page_size(), 14 * page_size());
+            // SAFETY: moves the region to where this test has mapped pages of its own.
+            let moved = unsafe { libc::mremap(from, old, new, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+            assert_eq!(moved, to, "{}", Errno::last());
+            for page in 0..14 {
+                let touched = touch::read(moved.cast::<u8>().wrapping_add(page * page_size()));
+                if page < 12 {
+                    assert_eq!(touched, Ok(mark(page as u64)), "page {page}");
+                } else {
+                    assert!(touched.is_err_and(|refused| refused.signal == libc::SIGBUS), "page {page}: {touched:?}");
+                }
+            }
+            assert_nobody_waits(&engine);
+            // What it grew by was there before it came itself: a piece of its own.
+            assert_count(&engine, &vmap, if locked { 2 } else { 1 });
+            drop(region);
+            assert_count(&engine, &vmap, 0);
+        }
     });
 }

@@ -79,7 +79,7 @@ impl Region {
     }
 
     /// Tells whether the engine has locked the region in this process: its pages are not swapped out once they have come
-    /// here ([`Residency`](crate::Residency)). What the application itself locks or unlocks is not asked for.
+    /// here ([`Residency`]). What the application itself locks or unlocks is not asked for.
     pub fn is_locked(&self) -> bool {
         if depth() == self.depth {
             return self.locked;
