@@ -68,7 +68,7 @@ pub(crate) enum Command {
     /// The keeper is about to look an address up; answers whether it should.
     Probe { space: SpaceId, addr: usize, reply: Ticket<bool> },
     /// Tells what the keeper found at an address.
-    Found { space: SpaceId, addr: usize, finding: Finding },
+    Found { space: SpaceId, addr: usize, finding: Finding, reply: Option<Ticket<()>> },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },

@@ -495,7 +495,12 @@ impl Handler {
                 let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
                 reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
             }
-            Command::Found { space, addr, finding } => self.found(space, addr, &finding),
+            Command::Found { space, addr, finding, reply } => {
+                self.found(space, addr, &finding);
+                if let Some(reply) = reply {
+                    reply.answer(());
+                }
+            }
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {
                 self.retired = true;

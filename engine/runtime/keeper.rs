@@ -157,19 +157,19 @@ impl Keeper {
         }
     }
 
-    /// Looks an address up of which nobody was told, and at which nobody waits.
-    fn probe(&self, space: SpaceId, addr: usize) {
-        if is_aligned(addr)
-            && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply }).is_ok_and(|wanted| wanted)
-        {
-            self.look_up(space, addr);
+    /// Looks an address up at which nobody waits; what is there is in the table when this returns.
+    fn probe(&self, space: SpaceId, addr: usize) -> Result<()> {
+        if is_aligned(addr) && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })? {
+            let finding = self.find(space, addr);
+            self.shared.handler.ask(|reply| Command::Found { space, addr, finding, reply: Some(reply) })?;
         }
+        Ok(())
     }
 
-    /// Tells the fault-handling thread what lies at an address.
+    /// Looks an address up, and tells the fault-handling thread.
     fn look_up(&self, space: SpaceId, addr: usize) {
         let finding = self.find(space, addr);
-        self.shared.handler.send(Command::Found { space, addr, finding });
+        self.shared.handler.send(Command::Found { space, addr, finding, reply: None });
     }
 
     /// Looks an address up in the kernel's own table of a process.
@@ -260,10 +260,7 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
-            Ask::LookUp { addr } => {
-                self.probe(space, addr as usize);
-                Ok((Reply::Done, None))
-            }
+            Ask::LookUp { addr } => self.probe(space, addr as usize).map(|()| (Reply::Done, None)),
             Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
