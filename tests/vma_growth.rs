@@ -6,12 +6,12 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kiomap::{AttachOptions, Kiobuf, Region, Vmap, page_size};
+use kiomap::{AttachOptions, Kiobuf, Region, Shutdown, Vmap, page_size};
 use nix::unistd::geteuid;
 use support::raw::{self, assert_gone, assert_shows, assert_sigbus_pages, in_both};
 use support::scene::{Rng, Told, child, settled, sourced_pages};
 use support::truth::{assert_count, assert_nobody_waits};
-use support::{alone, engine_builder, eventually, mark, pages, read_page, reap_ok, settled_stats, touch};
+use support::{alone, engine_builder, eventually, mark, pages, read_page, reap_ok, settled_stats, threads, touch};
 
 /// Where the kernel puts nothing by itself.
 const FAR: usize = 0x1000_0000_0000;
@@ -257,5 +257,38 @@ fn the_keeper_does_not_wait_for_itself() {
         assert_shows(page(FAR, 6), 6..8);
         assert_count(&engine, &vmap, 1);
         drop(region);
+    });
+}
+
+/// T73: a grown part that outlives everything of its engine, which nobody knows of, is SIGBUS where its pages are missing:
+/// it does not read zeros, and nobody sleeps on. The engine's threads stay for that, and end when it is unmapped.
+#[test]
+fn a_grown_part_that_outlives_its_engine_fails_closed() {
+    alone("a_grown_part_that_outlives_its_engine_fails_closed", || {
+        for dropped_first in [false, true] {
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
+            let vmap = engine.vmap(&pages(8)).unwrap();
+            let region = grown(&vmap, 2, 8);
+            // Resident: it stays.
+            vmap.write_at(5 * page_size() as u64, &[0xee]).unwrap();
+            raw::munmap(FAR as *mut u8, 2);
+            engine.settle().unwrap();
+            assert_eq!(vmap.refcount().unwrap(), 0);
+            if dropped_first {
+                drop((region, vmap));
+                drop(engine);
+            } else {
+                engine.shutdown(Shutdown::Poison).unwrap();
+                drop((engine, vmap, region));
+            }
+            assert_sigbus_pages(page(FAR, 2), 3);
+            assert_eq!(touch::read(page(FAR, 5) as *const u8), Ok(0xee));
+            assert_sigbus_pages(page(FAR, 6), 2);
+            assert!(threads().iter().any(|name| name.starts_with("kiomap")));
+            raw::munmap(page(FAR, 2) as *mut u8, 4);
+            assert_sigbus_pages(page(FAR, 6), 2);
+            raw::munmap(page(FAR, 6) as *mut u8, 2);
+            eventually("the threads' ends", || threads().iter().all(|name| !name.starts_with("kiomap")));
+        }
     });
 }

@@ -12,10 +12,10 @@ pub use attach::{AttachOptions, Sharing};
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::page_size;
-use crate::process::{depth, gate, mapping};
+use crate::process::{depth, gate, mapping, maps};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
-use crate::runtime::strays::{Finding, find, open_own_maps};
+use crate::runtime::strays::{Finding, find};
 use crate::space::OWN_SPACE;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
@@ -27,6 +27,10 @@ use crate::{Error, Result};
 /// A touch gets the right bytes, or SIGBUS for a page that can't be had: past the end of the list, a hole, a failed
 /// source. Nothing is there until it is touched. A forked child has the same range at the same address, and its own
 /// copy of this value: dropping that unmaps it there.
+///
+/// Code that does not know the engine may unmap, move, grow, shrink, double or protect any part of it by raw system calls: what is
+/// mapped shows the right pages wherever it lies, and dropping this value unmaps what is left. Its address and length
+/// are those of the attach all the same, and the safe accessors need that range as it was.
 ///
 /// Other processes may write at any time. The safe accessors ([`Region::read_at`], [`Region::write_at`],
 /// [`Region::atomic_u64`], …) allow for that.
@@ -135,7 +139,7 @@ impl Region {
                     return Ok(());
                 }
                 let ours = |file| (file == self.core.file).then_some(self.core.id);
-                let finding = match open_own_maps().map(|maps| find(&maps, addr, ours)) {
+                let finding = match maps::open_own().map(|maps| find(&maps, addr, ours)) {
                     // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
                     Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
                     Ok(finding) => finding,

@@ -74,6 +74,8 @@ pub(crate) enum Command {
     Barrier { reply: Ticket<bool> },
     /// From now on every fault is answered by SIGBUS; the thread ends when no area is left.
     Retire { reply: Ticket<()> },
+    /// The answer to [`Post::Empty`]: nothing is mapped any more that could fault.
+    End,
     /// Panics, to test what happens then.
     #[cfg(test)]
     Panic,
@@ -87,6 +89,8 @@ pub(crate) enum Post {
     Gone(SpaceId),
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
     Stray { space: SpaceId, addr: usize },
+    /// After a shutdown no area is left that the fault-handling thread knows: may it end?
+    Empty,
     /// The thread has ended: no area is left and none will come.
     HandlerEnded,
 }
