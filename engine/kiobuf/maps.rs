@@ -1,12 +1,11 @@
-//! Is memory there and readable? Asked of `/proc/self/maps`, which knows without touching a page.
+//! Is memory there and readable? Asked of the kernel's table, which knows without touching a page.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::page::{page_floor, page_size};
-use crate::process::maps::vmas;
+use crate::process::maps::{Vma, open_own};
 
 /// Checks that every page of `len` bytes at `addr` is mapped and readable at this moment.
 pub(super) fn check_readable(addr: usize, len: usize) -> Result<()> {
@@ -14,18 +13,18 @@ pub(super) fn check_readable(addr: usize, len: usize) -> Result<()> {
     let Some(end) = addr.checked_add(len).and_then(|end| end.checked_next_multiple_of(page_size())) else {
         return Err(overflow);
     };
-    let maps = File::open("/proc/self/maps").map_err(Error::io("open of /proc/self/maps"))?;
-    let missing = first_unreadable(BufReader::new(maps), page_floor(addr)..end);
-    match missing.map_err(Error::io("read of /proc/self/maps"))? {
+    let maps = open_own().map_err(Error::io("open of /proc/thread-self/maps"))?;
+    let missing = first_unreadable(maps.vmas(), page_floor(addr)..end);
+    match missing.map_err(Error::io("read of /proc/thread-self/maps"))? {
         None => Ok(()),
         Some(page) => Err(Error::Fault { what: "the memory", at: page.max(addr) as u64 }),
     }
 }
 
-/// Returns the first address of `range` that no readable area of `maps` holds.
-fn first_unreadable(maps: impl BufRead, range: Range<usize>) -> io::Result<Option<usize>> {
+/// Returns the first address of `range` that none of the mappings holds readable.
+fn first_unreadable(vmas: impl Iterator<Item = io::Result<Vma>>, range: Range<usize>) -> io::Result<Option<usize>> {
     let mut wanted = range.start;
-    for vma in vmas(maps) {
+    for vma in vmas {
         if wanted >= range.end {
             break;
         }
@@ -44,6 +43,7 @@ fn first_unreadable(maps: impl BufRead, range: Range<usize>) -> io::Result<Optio
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::maps::vmas;
 
     const MAPS: &[u8] = b"1000-3000 r--p 00000000 08:01 1   /a \xff file\n\
         3000-4000 rw-p 00000000 00:00 0\n\
@@ -64,13 +64,13 @@ mod tests {
             (0x7000..0x9000, Some(0x8000)),
             (0x9000..0xa000, Some(0x9000)),
         ] {
-            assert_eq!(first_unreadable(MAPS, range.clone()).unwrap(), missing, "{range:x?}");
+            assert_eq!(first_unreadable(vmas(MAPS), range.clone()).unwrap(), missing, "{range:x?}");
         }
     }
 
     #[test]
     fn a_line_that_is_no_area_is_an_error_not_a_pass() {
-        assert!(first_unreadable(&b"what\n"[..], 0..0x1000).is_err());
+        assert!(first_unreadable(vmas(&b"what\n"[..]), 0..0x1000).is_err());
     }
 
     #[test]

@@ -1,7 +1,40 @@
 //! What is mapped where, as the kernel tells it in `/proc/PID/maps`: it knows without touching a page.
 
-use std::io::{self, BufRead};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
+
+use super::ledger::Private;
+
+/// The kernel's table of a process, to be read once.
+pub(crate) struct Maps(Private<File>);
+
+/// Opens the table of this process. Not by way of `self`: that is the first thread, which may have ended before the
+/// process.
+pub(crate) fn open_own() -> io::Result<Maps> {
+    Private::open(|| File::open("/proc/thread-self/maps")).map(Maps)
+}
+
+/// Opens the table of another process.
+pub(crate) fn open(pid: libc::pid_t) -> io::Result<Maps> {
+    Private::open(|| File::open(format!("/proc/{pid}/maps"))).map(Maps)
+}
+
+impl Maps {
+    /// Walks over the mappings, as [`vmas`].
+    pub(crate) fn vmas(&self) -> impl Iterator<Item = io::Result<Vma>> {
+        vmas(BufReader::new(&*self.0))
+    }
+
+    /// Finds the mapping of `addr`, with the neighbours that go on in the same file, as one.
+    ///
+    /// # Errors
+    ///
+    /// As [`vmas`].
+    pub(crate) fn find(&self, addr: usize) -> io::Result<Option<Vma>> {
+        find(self.vmas(), addr)
+    }
+}
 
 /// A mapping: one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +71,9 @@ pub(crate) fn vmas(maps: impl BufRead) -> impl Iterator<Item = io::Result<Vma>> 
     maps.split(b'\n').map(|line| parse(&line?).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO)))
 }
 
-/// Finds the mapping of `addr`, with the neighbours that go on in the same file, as one.
-pub(crate) fn find(maps: impl BufRead, addr: usize) -> io::Result<Option<Vma>> {
+fn find(vmas: impl Iterator<Item = io::Result<Vma>>, addr: usize) -> io::Result<Option<Vma>> {
     let mut found: Option<Vma> = None;
-    for vma in vmas(maps) {
+    for vma in vmas {
         let vma = vma?;
         match &mut found {
             Some(found) if found.is_continued_by(&vma) => found.range.end = vma.range.end,
@@ -85,7 +117,7 @@ mod tests {
         b000-c000 rw-p 00000000 00:00 0     [x]\n";
 
     fn found(addr: usize) -> Option<(Range<usize>, u64)> {
-        find(MAPS, addr).unwrap().map(|vma| (vma.range, vma.offset))
+        find(vmas(MAPS), addr).unwrap().map(|vma| (vma.range, vma.offset))
     }
 
     #[test]
@@ -118,7 +150,7 @@ mod tests {
     #[test]
     fn a_line_that_is_no_mapping_is_an_error() {
         for line in [&b"what\n"[..], b"1000-2000\n", b"1000-2000 rw-p 0 00:00 x\n", b"z-2000 rw-p 0 00:00 0\n"] {
-            assert!(find(line, 0x1000).is_err());
+            assert!(find(vmas(line), 0x1000).is_err());
         }
     }
 }

@@ -53,7 +53,7 @@ pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
 /// Tells the id of a pidfd's process as `/proc` has it here; the process itself may know another, in a namespace of its
 /// own.
 pub(crate) fn pid_of(pidfd: BorrowedFd<'_>) -> Option<libc::pid_t> {
-    let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let fdinfo = std::fs::read_to_string(format!("/proc/thread-self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
     let pid: libc::pid_t = fdinfo.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
     // 0: of a namespace that is not seen from here; -1: gone.
     (pid > 0).then_some(pid)

@@ -12,10 +12,10 @@ pub use attach::{AttachOptions, Sharing};
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::page_size;
-use crate::process::{depth, gate, mapping};
+use crate::process::{depth, gate, mapping, maps};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
-use crate::runtime::strays::{Finding, find, open_own_maps};
+use crate::runtime::strays::{Finding, find};
 use crate::space::OWN_SPACE;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
@@ -27,6 +27,10 @@ use crate::{Error, Result};
 /// A touch gets the right bytes, or SIGBUS for a page that can't be had: past the end of the list, a hole, a failed
 /// source. Nothing is there until it is touched. A forked child has the same range at the same address, and its own
 /// copy of this value: dropping that unmaps it there.
+///
+/// Code that does not know the engine may unmap, move, grow, shrink, double or protect any part of it by raw system calls: what is
+/// mapped shows the right pages wherever it lies, and dropping this value unmaps what is left. Its address and length
+/// are those of the attach all the same, and the safe accessors need that range as it was.
 ///
 /// Other processes may write at any time. The safe accessors ([`Region::read_at`], [`Region::write_at`],
 /// [`Region::atomic_u64`], …) allow for that.
@@ -116,36 +120,34 @@ impl Region {
         }
     }
 
-    /// Looks whether the region was grown in place, of which no event tells. What it grew by is then a piece of it, and
-    /// unmapped with it.
-    fn look_behind(&self, local: &Local) {
-        let addr = self.addr + self.len;
+    /// Looks whether a piece that ends at `addr` was grown in place, of which no event tells. What it grew by is then a
+    /// piece too.
+    fn look_behind(&self, local: &Local, addr: usize) -> Result<()> {
         let ends_the_list = self.pgoff + (self.len / page_size()) as u64 >= self.core.nr_pages();
         // Past the end of the list there is nothing to be served, ever.
-        if (ends_the_list && !self.core.expandable) || !mapping::is_mapped(addr) {
-            return;
+        let nothing_behind = addr == self.addr + self.len && ends_the_list && !self.core.expandable;
+        if nothing_behind || !mapping::is_mapped(addr) {
+            return Ok(());
         }
-        // If it can't be looked at, the part stays mapped: a touch of it is resident bytes or SIGBUS.
         match local {
             Local::Owner { .. } => {
-                let window = self.core.contents().window;
-                if window.is_some_and(|window| window.range().contains(&addr)) {
-                    return;
-                }
+                let handler = &self.shared.handler;
                 // Not by the keeper: it may be dropping what waits for the caller.
-                let wanted = self.shared.handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply });
-                if matches!(wanted, Ok(true)) {
-                    let ours = |file| (file == self.core.file).then_some(self.core.id);
-                    let finding = match open_own_maps().map(|maps| find(&maps, addr, ours)) {
-                        // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
-                        Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
-                        Ok(finding) => finding,
-                    };
-                    self.shared.handler.send(Command::Found { space: OWN_SPACE, addr, finding });
+                if self.core.is_in_window(addr)
+                    || !handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply })?
+                {
+                    return Ok(());
                 }
+                let ours = |file| (file == self.core.file).then_some(self.core.id);
+                let finding = match maps::open_own().map(|maps| find(&maps, addr, ours)) {
+                    // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
+                    Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
+                    Ok(finding) => finding,
+                };
+                handler.ask(|reply| Command::Found { space: OWN_SPACE, addr, finding, reply: Some(reply) })
             }
-            Local::Child { lifeline, .. } => drop(lifeline.ask(Ask::LookUp { addr: addr as u64 }, None)),
-            Local::Lost { .. } => {}
+            Local::Child { lifeline, .. } => lifeline.ask(Ask::LookUp { addr: addr as u64 }, None).map(drop),
+            Local::Lost { .. } => Ok(()),
         }
     }
 
@@ -167,6 +169,8 @@ impl Region {
                 return Ok(());
             }
             for &(start, end) in pieces.as_slice() {
+                // If it can't be looked at, what lies behind stays: a touch of it is resident bytes or SIGBUS.
+                let _ = self.look_behind(local, end);
                 // Only what the table says is still this region's: the rest may be somebody else's by now.
                 mapping::unmap(start, end - start)?;
             }
@@ -180,8 +184,6 @@ impl Drop for Region {
             return;
         }
         let local = self.shared.local();
-        // Not under the gate, which is held for a moment only.
-        self.look_behind(&local);
         // A child that another thread forks has all of the area or nothing.
         let _gate = gate();
         match &*local {

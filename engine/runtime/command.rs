@@ -68,12 +68,14 @@ pub(crate) enum Command {
     /// The keeper is about to look an address up; answers whether it should.
     Probe { space: SpaceId, addr: usize, reply: Ticket<bool> },
     /// Tells what the keeper found at an address.
-    Found { space: SpaceId, addr: usize, finding: Finding },
+    Found { space: SpaceId, addr: usize, finding: Finding, reply: Option<Ticket<()>> },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },
     /// From now on every fault is answered by SIGBUS; the thread ends when no area is left.
     Retire { reply: Ticket<()> },
+    /// The answer to [`Post::Empty`]: nothing is mapped any more that could fault.
+    End,
     /// Panics, to test what happens then.
     #[cfg(test)]
     Panic,
@@ -87,6 +89,8 @@ pub(crate) enum Post {
     Gone(SpaceId),
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
     Stray { space: SpaceId, addr: usize },
+    /// After a shutdown no area is left that the fault-handling thread knows: may it end?
+    Empty,
     /// The thread has ended: no area is left and none will come.
     HandlerEnded,
 }

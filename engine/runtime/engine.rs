@@ -441,7 +441,7 @@ impl Engine {
             let _ = self.shared.notices.send(Notice::Settle(due));
             let _ = done.recv();
         }
-        if own_areas == 0 && role.is_none() {
+        if own_areas == 0 && role.is_none() && !self.shared.vmaps.is_any_mapped() {
             for thread in threads {
                 // A panic of a thread was caught and counted inside.
                 let _ = thread.join();

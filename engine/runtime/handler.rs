@@ -58,9 +58,20 @@ pub(crate) struct Handler {
     resolver: Resolver,
     done: Receiver<ReadDone>,
     retired: bool,
+    ending: Ending,
     /// Regions of the own process that are being dropped.
     leavers: usize,
     idle_rounds: u32,
+}
+
+/// How far the end of a retired thread without areas is prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    No,
+    /// The keeper was asked whether anything is mapped that events did not tell of.
+    Asked,
+    /// It is not.
+    Allowed,
 }
 
 /// What the handler needs of its surroundings.
@@ -124,6 +135,7 @@ impl Handler {
             unsent: MmapVec::new(),
             done: parts.done,
             retired: false,
+            ending: Ending::No,
             leavers: 0,
             idle_rounds: 0,
         })
@@ -171,7 +183,9 @@ impl Handler {
 
     /// How long to wait for news: for ever, unless something is to be tried again.
     fn pause(&mut self) -> EpollTimeout {
-        if self.parked.is_empty() && self.unsent.is_empty() {
+        // A retired thread that is empty and has not asked found the keeper's channel full.
+        let unsaid = self.retired && self.ending != Ending::Asked && self.is_empty();
+        if self.parked.is_empty() && self.unsent.is_empty() && !unsaid {
             self.idle_rounds = 0;
             return EpollTimeout::NONE;
         }
@@ -205,7 +219,8 @@ impl Handler {
             if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, parked, strays, unsent, shared, keeper, resolver, .. } = self;
+            let Handler { spaces, messages, pending, parked, strays, unsent, shared, keeper, resolver, ending, .. } =
+                self;
             let space = &mut spaces[index];
             let Some(uffd) = space.uffd.clone() else { return };
             let read = uffd.read(messages, |message| match message {
@@ -239,6 +254,8 @@ impl Handler {
                         faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
                     }
                     strays.unmapped(id, &gone);
+                    // Perhaps it was of what is in no table.
+                    *ending = Ending::No;
                     if let Some(beside) = beside {
                         for addr in beside {
                             // Without place or room: when it is touched.
@@ -414,13 +431,29 @@ impl Handler {
         }
     }
 
-    /// Tells whether nothing is left to guard or to report; the keeper then knows.
-    fn is_finished(&mut self) -> bool {
+    /// Tells whether nothing is left to guard or to report.
+    fn is_empty(&self) -> bool {
         self.leavers == 0
             && !self.shared.is_attaching()
             && self.spaces.iter().all(|space| space.table.is_empty())
             && self.unsent.is_empty()
-            && self.keeper.try_post(Post::HandlerEnded).is_ok()
+    }
+
+    /// Tells whether the thread may end; the keeper then knows.
+    fn is_finished(&mut self) -> bool {
+        if !self.is_empty() {
+            return false;
+        }
+        match self.ending {
+            Ending::No => {
+                if self.keeper.try_post(Post::Empty).is_ok() {
+                    self.ending = Ending::Asked;
+                }
+                false
+            }
+            Ending::Asked => false,
+            Ending::Allowed => self.keeper.try_post(Post::HandlerEnded).is_ok(),
+        }
     }
 
     fn obey(&mut self, command: Command) {
@@ -495,13 +528,19 @@ impl Handler {
                 let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
                 reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
             }
-            Command::Found { space, addr, finding } => self.found(space, addr, &finding),
+            Command::Found { space, addr, finding, reply } => {
+                self.found(space, addr, &finding);
+                if let Some(reply) = reply {
+                    reply.answer(());
+                }
+            }
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {
                 self.retired = true;
                 self.abandon_waits();
                 reply.answer(());
             }
+            Command::End => self.ending = Ending::Allowed,
             #[cfg(test)]
             Command::Panic => panic!("asked to"),
         }

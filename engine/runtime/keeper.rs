@@ -3,7 +3,6 @@
 //! It may allocate, lock and wait for the fault-handling thread; it never waits for a process, a source or a callback.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,12 +20,13 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
-use super::strays::{Finding, find, open_own_maps};
+use super::strays::{Finding, find};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
+use crate::process::maps::{self, Maps};
 use crate::process::pid_of;
 use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
 use crate::stats::{SpaceCounters, add};
@@ -152,24 +152,27 @@ impl Keeper {
                 Post::Closed(area) => area.target.vmap.close(1),
                 Post::Gone(space) => self.look_after(space),
                 Post::Stray { space, addr } => self.look_up(space, addr),
+                // If something is, the thread asks again when it is told of an unmap.
+                Post::Empty if self.shared.vmaps.is_any_mapped() => {}
+                Post::Empty => self.shared.handler.send(Command::End),
                 Post::HandlerEnded => self.ended = true,
             }
         }
     }
 
-    /// Looks an address up of which nobody was told, and at which nobody waits.
-    fn probe(&self, space: SpaceId, addr: usize) {
-        if is_aligned(addr)
-            && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply }).is_ok_and(|wanted| wanted)
-        {
-            self.look_up(space, addr);
+    /// Looks an address up at which nobody waits; what is there is in the table when this returns.
+    fn probe(&self, space: SpaceId, addr: usize) -> Result<()> {
+        if is_aligned(addr) && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })? {
+            let finding = self.find(space, addr);
+            self.shared.handler.ask(|reply| Command::Found { space, addr, finding, reply: Some(reply) })?;
         }
+        Ok(())
     }
 
-    /// Tells the fault-handling thread what lies at an address.
+    /// Looks an address up, and tells the fault-handling thread.
     fn look_up(&self, space: SpaceId, addr: usize) {
         let finding = self.find(space, addr);
-        self.shared.handler.send(Command::Found { space, addr, finding });
+        self.shared.handler.send(Command::Found { space, addr, finding, reply: None });
     }
 
     /// Looks an address up in the kernel's own table of a process.
@@ -181,13 +184,13 @@ impl Keeper {
         })
     }
 
-    fn open_maps(&self, space: SpaceId) -> Option<Private<File>> {
+    fn open_maps(&self, space: SpaceId) -> Option<Maps> {
         if space == OWN_SPACE {
-            return open_own_maps().ok();
+            return maps::open_own().ok();
         }
         let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
         let pid = pid_of(pidfd.as_fd())?;
-        let maps = Private::open(|| File::open(format!("/proc/{pid}/maps"))).ok()?;
+        let maps = maps::open(pid).ok()?;
         // It still is: the number was not another process's meanwhile.
         (pid_of(pidfd.as_fd())? == pid).then_some(maps)
     }
@@ -260,10 +263,7 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
-            Ask::LookUp { addr } => {
-                self.probe(space, addr as usize);
-                Ok((Reply::Done, None))
-            }
+            Ask::LookUp { addr } => self.probe(space, addr as usize).map(|()| (Reply::Done, None)),
             Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),

@@ -6,16 +6,13 @@
 //! them. So the keeper looks an address up in `/proc/PID/maps`: at a touch, while the thread sleeps on; after a move; and
 //! behind a region that is dropped. What shows pages of a vmap becomes an area; a touch of anything else is SIGBUS.
 
-use std::fs::File;
-use std::io::{self, BufReader};
 use std::ops::Range;
 
 use nix::errno::Errno;
 
 use super::fault::Fault;
 use crate::page::page_size;
-use crate::process::ledger::Private;
-use crate::process::maps::{self, Vma};
+use crate::process::maps::{Maps, Vma};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{Space, SpaceId, Target};
@@ -43,15 +40,9 @@ pub(crate) struct Shown {
     pub(crate) vmap: u64,
 }
 
-/// Opens the kernel's table of the own process. Not by way of `self`: that is the first thread, which may have ended
-/// before the process.
-pub(crate) fn open_own_maps() -> io::Result<Private<File>> {
-    Private::open(|| File::open("/proc/thread-self/maps"))
-}
-
 /// Looks an address up; `vmap` tells which vmap a file backs.
-pub(crate) fn find(maps: &File, addr: usize, vmap: impl FnOnce((libc::dev_t, libc::ino_t)) -> Option<u64>) -> Finding {
-    match maps::find(BufReader::new(maps), addr) {
+pub(crate) fn find(maps: &Maps, addr: usize, vmap: impl FnOnce((libc::dev_t, libc::ino_t)) -> Option<u64>) -> Finding {
+    match maps.find(addr) {
         Ok(None | Some(Vma { hidden: true, .. })) => Finding::Nothing,
         Ok(Some(Vma { range, offset, file, .. })) => match vmap(file) {
             Some(vmap) => Finding::Vmap(Shown { range, pgoff: offset / page_size() as u64, vmap }),

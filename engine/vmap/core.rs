@@ -164,6 +164,11 @@ impl VmapCore {
         self.lock_contents().clone()
     }
 
+    /// Tells whether an address is the window's: nothing else is mapped there.
+    pub(crate) fn is_in_window(&self, addr: usize) -> bool {
+        self.lock_contents().window.as_ref().is_some_and(|window| window.range().contains(&addr))
+    }
+
     /// Opens a window for when the object has `nr_pages` pages.
     pub(crate) fn open_window(&self, opener: &Opener, nr_pages: u64) -> Result<Option<Arc<Window>>> {
         open_window(opener, self.memfd(), nr_pages)

@@ -1,31 +1,52 @@
-//! The vmap registry: every vmap of an engine, by its id.
+//! The vmap registry: every vmap of an engine, by its id, and the backing objects that may still be mapped.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::core::VmapCore;
 use crate::process::gate;
+use crate::process::maps::open_own;
+
+/// A device and inode.
+type File = (libc::dev_t, libc::ino_t);
+
+/// Objects of vmaps that are gone are looked for among the mappings whenever that many more have gathered.
+const GONE: usize = 1024;
 
 /// Finds vmaps by id; does not keep them alive.
 #[derive(Debug, Default)]
-pub(crate) struct Registry(Mutex<HashMap<u64, Weak<VmapCore>>>);
+pub(crate) struct Registry(Mutex<Entries>);
+
+#[derive(Debug, Default)]
+struct Entries {
+    vmaps: HashMap<u64, (Weak<VmapCore>, File)>,
+    /// The objects of vmaps that are gone, as far as they may still be mapped.
+    gone: HashSet<File>,
+    /// How many of those may gather.
+    most_gone: usize,
+}
 
 impl Registry {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Weak<VmapCore>>> {
+    fn lock(&self) -> MutexGuard<'_, Entries> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn enter(&self, vmap: &Arc<VmapCore>) {
         // Under the gate, as a forked child looks vmaps up: no thread may hold the lock over a fork.
         let _gate = gate();
-        let mut vmaps = self.lock();
-        vmaps.retain(|_, vmap| vmap.strong_count() > 0);
-        vmaps.insert(vmap.id, Arc::downgrade(vmap));
+        let mut entries = self.lock();
+        let Entries { vmaps, gone, most_gone } = &mut *entries;
+        gone.extend(vmaps.extract_if(|_, (vmap, _)| vmap.strong_count() == 0).map(|(_, (_, file))| file));
+        if gone.len() > *most_gone {
+            *gone = mapped(gone);
+            *most_gone = gone.len() + GONE;
+        }
+        vmaps.insert(vmap.id, (Arc::downgrade(vmap), vmap.file));
     }
 
     /// Finds a vmap. The caller keeps forks away, or is the only thread of a forked child.
     pub(crate) fn find_ungated(&self, id: u64) -> Option<Arc<VmapCore>> {
-        self.lock().get(&id).and_then(Weak::upgrade)
+        self.lock().vmaps.get(&id).and_then(|(vmap, _)| vmap.upgrade())
     }
 
     pub(crate) fn find(&self, id: u64) -> Option<Arc<VmapCore>> {
@@ -33,14 +54,33 @@ impl Registry {
         self.find_ungated(id)
     }
 
-    /// Finds the vmap whose backing object has this device and inode.
-    pub(crate) fn find_by_file(&self, file: (libc::dev_t, libc::ino_t)) -> Option<Arc<VmapCore>> {
-        self.all().into_iter().find(|vmap| vmap.file == file)
+    /// Finds the vmap whose backing object this is.
+    pub(crate) fn find_by_file(&self, file: File) -> Option<Arc<VmapCore>> {
+        let _gate = gate();
+        self.lock().vmaps.values().find(|(_, of)| *of == file).and_then(|(vmap, _)| vmap.upgrade())
     }
 
     /// Every vmap that is alive.
     pub(crate) fn all(&self) -> Vec<Arc<VmapCore>> {
         let _gate = gate();
-        self.lock().values().filter_map(Weak::upgrade).collect()
+        self.lock().vmaps.values().filter_map(|(vmap, _)| vmap.upgrade()).collect()
     }
+
+    /// Tells whether this process maps, with access, a page of any vmap that there ever was.
+    pub(crate) fn is_any_mapped(&self) -> bool {
+        let files: HashSet<File> = {
+            let _gate = gate();
+            let entries = self.lock();
+            entries.vmaps.values().map(|(_, file)| file).chain(&entries.gone).copied().collect()
+        };
+        !mapped(&files).is_empty()
+    }
+}
+
+/// Those of some files that this process maps with access. The engine's own windows have none.
+fn mapped(files: &HashSet<File>) -> HashSet<File> {
+    // Where it can't be read, what is mapped is known from events only.
+    let Ok(maps) = open_own() else { return HashSet::new() };
+    let vmas = maps.vmas().filter_map(Result::ok);
+    vmas.filter(|vma| !vma.hidden && files.contains(&vma.file)).map(|vma| vma.file).collect()
 }
