@@ -5,7 +5,6 @@ mod support;
 
 use std::ffi::CString;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, Vmap, page_size};
