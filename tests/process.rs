@@ -138,6 +138,7 @@ fn a_raw_clone_has_no_area_and_holds_nobody_up() {
             }
             reap_ok(child(|| assert_eq!(touch::read(at(&region, 63)), Ok(mark(63)))));
             drop(vmap.attach(&AttachOptions::new()).unwrap());
+            settled(&engine, &vmap, 1);
             assert_count(&engine, &vmap, 1);
             go.tell(2);
             reap_ok(pid);

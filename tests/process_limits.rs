@@ -12,7 +12,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{ForkResult, fork};
-use support::scene::{Told, at, child};
+use support::scene::{Told, at, child, settled};
 use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, open_descriptors, pages, reap, reap_ok, touch};
 
@@ -76,6 +76,7 @@ fn the_addresses_of_what_is_not_inherited_stay_reserved() {
             reap_ok(child(|| regions.iter().for_each(lost_and_reserved)));
         }));
         drop(limited);
+        settled(&engine, &vmap, 5);
         assert_count(&engine, &vmap, 5);
         reap_ok(child(|| {
             assert_eq!(touch::read(at(&regions[0], 2)), Ok(mark(2)));
@@ -85,6 +86,7 @@ fn the_addresses_of_what_is_not_inherited_stay_reserved() {
             assert_eq!(vmap.refcount().unwrap(), 10);
             reap_ok(child(|| assert_eq!(touch::read(at(&regions[4], 3)), Ok(mark(3)))));
         }));
+        settled(&engine, &vmap, 5);
         assert_count(&engine, &vmap, 5);
     });
 }
@@ -116,6 +118,7 @@ fn a_child_that_forks_while_the_engine_has_no_descriptors_is_served_on() {
         drop(limited);
         go.tell(4);
         reap_ok(pid);
+        settled(&engine, &vmap, 1);
         assert_count(&engine, &vmap, 1);
     });
 }
