@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
-use crate::sys::OpenFailure;
+use crate::sys::{Features, OpenFailure};
 
 /// The result of a fallible operation of this library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -144,6 +144,16 @@ pub enum Error {
         /// The kernel's errno.
         errno: Errno,
     },
+    /// The kernel lacks a feature of userfaultfd, or the engine was built to do without it (`EOPNOTSUPP`).
+    #[error("{what} needs the userfaultfd feature {missing}{}: {why}", since(*missing))]
+    Unsupported {
+        /// What was asked for.
+        what: &'static str,
+        /// The features that are not there.
+        missing: Features,
+        /// What they would be needed for.
+        why: &'static str,
+    },
 }
 
 /// The knob of the errnos of mlock2.
@@ -155,6 +165,11 @@ fn lock_knob(limit: u64, errno: Errno) -> String {
     format!(
         "RLIMIT_MEMLOCK is {limit}: raise it, `ulimit -l`, grant CAP_IPC_LOCK, or let the vmap be swapped, `Residency`"
     )
+}
+
+/// The Linux versions that brought features, as a suffix of their names.
+fn since(features: Features) -> String {
+    features.named().map(|known| format!(", of Linux {}", known.since)).collect()
 }
 
 /// The knob that usually mends an errno, as a suffix of a message.
@@ -190,6 +205,7 @@ impl Error {
             Error::WouldDeadlock { .. } => Errno::EDEADLK,
             Error::Open(failure) => failure.errno(),
             Error::Sys { errno, .. } | Error::MemoryLock { errno, .. } => *errno,
+            Error::Unsupported { .. } => Errno::EOPNOTSUPP,
         }
     }
 

@@ -30,7 +30,8 @@ counters! {
     pages_copied,
     /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
     pages_zeroed,
-    /// Pages that were answered by SIGBUS (UFFDIO_POISON): holes, pages past the list, failed sources.
+    /// Pages that were answered by SIGBUS (UFFDIO_POISON, or what stands for it before Linux 6.6): holes, pages past the
+    /// list, failed sources.
     pages_poisoned,
     /// Resolutions that found the page present (EEXIST); each was followed by a wake-up.
     already_present,

@@ -155,6 +155,7 @@ fn a_child_that_detaches_attaches_and_forks_on_is_counted() {
 /// T51: what a child touches first is filled from the list for everyone; it is never a zero page.
 #[test]
 fn a_page_that_a_child_touches_first_is_right_for_everyone() {
+    needs_sources!();
     alone("a_page_that_a_child_touches_first_is_right_for_everyone", || {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
         for list in [pages(64), sourced_pages(64)] {
@@ -178,6 +179,7 @@ fn a_page_that_a_child_touches_first_is_right_for_everyone() {
 /// T53: forks while four threads fault: every touch in every process is right, and nothing waits for ever.
 #[test]
 fn forks_while_threads_fault_lose_nothing() {
+    needs_sources!();
     alone("forks_while_threads_fault_lose_nothing", || {
         const PAGES: u64 = 2048;
         let engine = engine_builder().fault_around_pages(2).build().unwrap();
@@ -323,6 +325,7 @@ impl PageSource for Forking {
 /// T60: a fork from a page source, on a worker, is served: also while the page that it reads is waited for.
 #[test]
 fn a_fork_from_a_page_source_is_served() {
+    needs_sources!();
     alone("a_fork_from_a_page_source_is_served", || {
         let engine = engine_builder().fault_around_pages(1).workers(2).build().unwrap();
         let memory = engine.vmap(&pages(8)).unwrap();
@@ -645,6 +648,7 @@ fn siblings_forked_at_the_same_moment_do_not_hide_each_others_end() {
 /// A forked child may build an engine of its own, beside the one that it inherits.
 #[test]
 fn a_child_has_its_own_engine_beside_the_inherited_one() {
+    needs_sources!();
     alone("a_child_has_its_own_engine_beside_the_inherited_one", || {
         let engine = engine_builder().build().unwrap();
         let vmap = engine.vmap(&pages(8)).unwrap();
@@ -673,6 +677,7 @@ fn a_child_has_its_own_engine_beside_the_inherited_one() {
 /// A child in a process-id namespace of its own has threads whose ids are also those of the engine's workers.
 #[test]
 fn a_child_in_another_pid_namespace_is_served_by_the_workers() {
+    needs_sources!();
     alone("a_child_in_another_pid_namespace_is_served_by_the_workers", || {
         use nix::sched::{CloneFlags, unshare};
         if unshare(CloneFlags::CLONE_NEWPID).is_err()

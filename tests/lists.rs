@@ -115,6 +115,7 @@ fn a_page_in_two_places_is_two_pages() {
 /// T108: three lists on a string, of every kind, have continuous offsets; the pages at their borders are right, slack too.
 #[test]
 fn strung_lists_are_continuous() {
+    needs_sources!();
     alone("strung_lists_are_continuous", || {
         let engine = engine_builder().build().unwrap();
         let (mut bytes, mut zeros, mut filed) = (Kiobuf::new(), Kiobuf::new(), Kiobuf::new());

@@ -61,6 +61,7 @@ fn a_snapshot_lists_vmaps_processes_and_areas_as_the_kernel_has_them() {
 /// T110: a thread that waits for its page is counted by the kernel, and the snapshot tells.
 #[test]
 fn a_snapshot_tells_who_waits_for_a_page() {
+    needs_sources!();
     alone("a_snapshot_tells_who_waits_for_a_page", || {
         let engine = engine_builder().build().unwrap();
         let source = GatedSource::new();

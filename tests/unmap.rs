@@ -23,6 +23,7 @@ fn munmap(addr: *mut u8, pages: usize) {
 /// goes nowhere.
 #[test]
 fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
+    needs_sources!();
     alone("an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once", || {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
@@ -51,6 +52,7 @@ fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
 /// there.
 #[test]
 fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
+    needs_sources!();
     alone("a_page_that_arrives_late_is_not_put_into_a_newer_area", || {
         let engine = engine_builder().fault_around_pages(4).build().unwrap();
         let gated = GatedSource::new();
@@ -92,6 +94,7 @@ fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
 /// count comes back.
 #[test]
 fn faults_among_unmaps_and_advice_are_answered_right_and_soon() {
+    needs_sources!();
     alone("faults_among_unmaps_and_advice_are_answered_right_and_soon", || {
         let slowest = faults_among_events();
         // T68 says 100 ms, and it is a few in fact: this is a deadline, with room for a machine that is busy elsewhere.
@@ -246,6 +249,7 @@ fn a_region_that_moves_under_faults_shows_the_right_pages() {
 /// A forked child unmaps under its own faults while the page is read; the count follows.
 #[test]
 fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
+    needs_sources!();
     alone("a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on", || {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();

@@ -391,6 +391,7 @@ fn a_running_callback_keeps_a_vmap_from_being_destroyed() {
 /// where a touch had met SIGBUS before.
 #[test]
 fn expanding_heals_the_tail() {
+    needs_sources!();
     alone("expanding_heals_the_tail", || {
         let engine = engine_builder().build().unwrap();
         for tail in [pages(30), source(30, |_, _| Ok(()))] {
@@ -438,6 +439,7 @@ fn an_expansion_that_is_refused_changes_nothing() {
 /// others are SIGBUS. After a hard one all are.
 #[test]
 fn a_revoke_takes_what_is_not_resident_or_everything() {
+    needs_sources!();
     alone("a_revoke_takes_what_is_not_resident_or_everything", || {
         for list in [pages(64), source(64, |_, _| Ok(()))] {
             let engine = engine_builder().fault_around_pages(1).build().unwrap();
@@ -499,6 +501,7 @@ fn expanding_after_a_revoke_appends() {
 /// SIGBUS once the growing has returned.
 #[test]
 fn a_list_that_grows_under_touches_is_never_torn() {
+    needs_sources!();
     alone("a_list_that_grows_under_touches_is_never_torn", || {
         const STEPS: u64 = 120;
         let engine = engine_builder().build().unwrap();
@@ -557,6 +560,7 @@ impl kiomap::PageSource for From {
 /// after a hard revoke has returned nothing is anything but SIGBUS.
 #[test]
 fn a_revoke_under_touches_shows_bytes_or_sigbus() {
+    needs_sources!();
     alone("a_revoke_under_touches_shows_bytes_or_sigbus", || {
         for round in 0..60_u64 {
             let how = if round.is_multiple_of(2) { Revoke::Soft } else { Revoke::Hard };
@@ -600,6 +604,7 @@ fn a_revoke_under_touches_shows_bytes_or_sigbus() {
 /// borders too.
 #[test]
 fn the_owner_and_the_regions_see_the_same_bytes() {
+    needs_sources!();
     alone("the_owner_and_the_regions_see_the_same_bytes", || {
         let (page, engine) = (page_size(), engine_builder().build().unwrap());
         for list in [pages(100), source(100, |_, _| Ok(()))] {
@@ -663,6 +668,7 @@ fn an_owners_range_past_the_end_or_over_a_hole_is_refused() {
 /// The owner reads and writes while four threads touch: each page is read right by everybody, and each write is kept.
 #[test]
 fn the_owner_reads_and_writes_under_touches() {
+    needs_sources!();
     alone("the_owner_reads_and_writes_under_touches", || {
         const PAGES: u64 = 512;
         for list in [pages(PAGES), source(PAGES, |_, _| Ok(()))] {
@@ -720,6 +726,7 @@ fn user_data_is_found_by_its_type() {
 /// A touch that meets a revoke, a growth and a detach at once is still bytes, SIGBUS or SIGSEGV; nothing hangs.
 #[test]
 fn everything_at_once_is_bytes_or_a_signal() {
+    needs_sources!();
     alone("everything_at_once_is_bytes_or_a_signal", || {
         for round in 0..40_u64 {
             let engine = engine_builder().workers(2).fault_around_pages(8).build().unwrap();

@@ -3,15 +3,22 @@
 //! The child keeps a duplicate of its userfaultfd, so that the end of the engine does not turn its missing pages into
 //! zero pages. But then nobody would answer: threads that touch them would sleep for ever. The guard sleeps until
 //! the engine hangs up (an orderly shutdown closes the lifeline, a crash does too) and then answers in its place.
+//!
+//! Where the kernel has no UFFDIO_POISON, it masks pages of this process as the engine orders it to meanwhile.
 
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::fork::masks;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
+use crate::process::mask::{Masked, give_up, mask};
 use crate::sys::{Message, MsgBuffer, Stop, Userfault};
 
 /// What the guard watches.
@@ -20,7 +27,24 @@ pub(crate) struct Guard {
     pub(crate) owner: OwnedFd,
     pub(crate) uffd: Arc<Private<Userfault>>,
     pub(crate) messages: MsgBuffer,
+    /// Orders to mask pages come here; `None` where the kernel has poison.
+    pub(crate) orders: Option<Private<OwnedFd>>,
+    /// Masks in a row for which there was no room.
+    pub(crate) starved: u32,
 }
+
+/// What became of a page that was to be SIGBUS.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refused {
+    Done,
+    /// To be tried again soon.
+    Later,
+}
+
+/// Tries at a mask for which there is no room, a pause after each, before its whole mapping is given up.
+const STARVED_TRIES: u32 = 256;
+/// The pause before an order is tried again.
+const ORDER_PAUSE_MS: u16 = 1;
 
 impl Guard {
     /// Waits for the engine's end, then answers every fault of this process by SIGBUS, as long as the process lives.
@@ -46,7 +70,9 @@ impl Guard {
         if unsafe { libc::unshare(libc::CLONE_FILES) } != 0 {
             return;
         }
-        let mut kept = [self.lifeline.as_raw_fd(), self.owner.as_raw_fd(), self.uffd.as_raw_fd()].map(|fd| fd as u32);
+        let orders = self.orders.as_ref().unwrap_or(&self.lifeline).as_raw_fd();
+        let kept = [self.lifeline.as_raw_fd(), self.owner.as_raw_fd(), self.uffd.as_raw_fd(), orders];
+        let mut kept = kept.map(|fd| fd as u32);
         kept.sort_unstable();
         let mut from = 0;
         for fd in kept {
@@ -60,7 +86,7 @@ impl Guard {
 
     /// Waits for messages and answers them; `false` when that is not possible any more.
     fn answer(&mut self) -> bool {
-        let uffd = &self.uffd;
+        let uffd = Arc::clone(&self.uffd);
         let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)];
         match poll(&mut ready, PollTimeout::NONE) {
             Err(Errno::EINTR) => return true,
@@ -69,8 +95,17 @@ impl Guard {
             Ok(_) => {}
         }
         let mut put_off = false;
+        let (poisons, starved) = (self.orders.is_none(), &mut self.starved);
         let read = uffd.read(&mut self.messages, |message| match message {
-            Message::Fault { addr, .. } => put_off |= !refuse(uffd, page_floor(addr)),
+            Message::Fault { addr, .. } => {
+                let addr = page_floor(addr);
+                let refused = if poisons { poison(&uffd, addr) } else { mask_page(&uffd, addr, starved) };
+                if refused == Refused::Later {
+                    // Woken, it touches again, and there is a new message.
+                    put_off = true;
+                    let _ = uffd.wake(addr, page_size());
+                }
+            }
             Message::Unmap { start, end } => drop(uffd.wake(start, end - start)),
             Message::Remap { from, len, .. } => drop(uffd.wake(from, len)),
             Message::Remove { .. } | Message::Fork(_) => {}
@@ -82,14 +117,20 @@ impl Guard {
         read.is_ok()
     }
 
-    /// Answers `false` when there is nothing to watch any more.
-    fn wait_for_hang_up(&self) -> bool {
+    /// Carries out orders until the engine hangs up. Answers `false` when there is nothing to watch any more.
+    fn wait_for_hang_up(&mut self) -> bool {
+        let mut order = None;
         loop {
+            let orders = self.orders.as_ref().unwrap_or(&self.lifeline).as_fd();
+            // One order at a time; the next ones wait in the socket.
+            let wanted = if self.orders.is_none() || order.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
             let mut watched = [
                 PollFd::new(self.lifeline.as_fd(), PollFlags::empty()),
                 PollFd::new(self.owner.as_fd(), PollFlags::POLLIN),
+                PollFd::new(orders, wanted),
             ];
-            match poll(&mut watched, PollTimeout::NONE) {
+            let pause = if order.is_some() { PollTimeout::from(ORDER_PAUSE_MS) } else { PollTimeout::NONE };
+            match poll(&mut watched, pause) {
                 Ok(_) => {}
                 Err(Errno::EINTR) => continue,
                 Err(_) => return false,
@@ -99,22 +140,85 @@ impl Guard {
                 // The application closed descriptors that are not its own; their numbers may be anything now.
                 return false;
             }
-            if !happened(&watched[0]).is_empty() || !happened(&watched[1]).is_empty() {
+            // The engine closes its end of the orders only when it lets go or dies.
+            let hung_up = happened(&watched[2]).intersects(PollFlags::POLLHUP | PollFlags::POLLERR);
+            if hung_up || !happened(&watched[0]).is_empty() || !happened(&watched[1]).is_empty() {
                 return true;
+            }
+            order = order.or_else(|| self.orders.as_ref().and_then(|orders| masks::next(orders.as_fd())));
+            order = order.filter(|&addr| mask_page(&self.uffd, addr, &mut self.starved) == Refused::Later);
+        }
+    }
+}
+
+/// Makes a page a SIGBUS.
+fn poison(uffd: &Userfault, addr: usize) -> Refused {
+    match uffd.poison(addr, page_size()).stop {
+        None => Refused::Done,
+        Some(Stop::Changing) => Refused::Later,
+        Some(_) => {
+            let _ = uffd.wake(addr, page_size());
+            Refused::Done
+        }
+    }
+}
+
+/// Masks a page if it is missing still, and wakes who waits there.
+fn mask_page(uffd: &Userfault, addr: usize, starved: &mut u32) -> Refused {
+    match uffd.r#continue(addr, page_size()).stop {
+        // A hole of one of our objects.
+        Some(Stop::BadSource) => {}
+        Some(Stop::Changing | Stop::NoMemory) => return Refused::Later,
+        // It is there by now, or masked already, or not ours any more.
+        _ => {
+            let _ = uffd.wake(addr, page_size());
+            return Refused::Done;
+        }
+    }
+    let masked = match mask(uffd, addr, page_size()) {
+        Masked::NoRoom if *starved < STARVED_TRIES => {
+            *starved += 1;
+            return Refused::Later;
+        }
+        Masked::NoRoom => mapping_at(addr).map_or(Masked::NoRoom, |range| give_up(uffd, range.start, range.len())),
+        masked => masked,
+    };
+    if matches!(masked, Masked::Later | Masked::NoRoom) {
+        return Refused::Later;
+    }
+    *starved = 0;
+    let _ = uffd.wake(addr, page_size());
+    Refused::Done
+}
+
+/// The mapping of this process that holds an address. It is asked for when no memory may be left, and allocates none.
+fn mapping_at(addr: usize) -> Option<Range<usize>> {
+    let mut maps = File::open("/proc/self/maps").ok()?;
+    let mut chunk = [0; 4096];
+    // As much of a line as holds its range.
+    let (mut line, mut len) = ([0; 40], 0);
+    loop {
+        let read = maps.read(&mut chunk).ok().filter(|&read| read > 0)?;
+        for &byte in &chunk[..read] {
+            if byte == b'\n' {
+                let range = range_of(&line[..len]);
+                if range.as_ref().is_some_and(|range| range.contains(&addr)) {
+                    return range;
+                }
+                len = 0;
+            } else if len < line.len() {
+                line[len] = byte;
+                len += 1;
             }
         }
     }
 }
 
-/// Makes a page a SIGBUS; answers `false` when the thread was only woken to try again.
-fn refuse(uffd: &Userfault, addr: usize) -> bool {
-    match uffd.poison(addr, page_size()).stop {
-        None => true,
-        Some(stop) => {
-            let _ = uffd.wake(addr, page_size());
-            stop != Stop::Changing
-        }
-    }
+/// Parses `start-end …`, in hexadecimal.
+fn range_of(line: &[u8]) -> Option<Range<usize>> {
+    let (range, _) = std::str::from_utf8(line).ok()?.split_once(' ')?;
+    let (start, end) = range.split_once('-')?;
+    Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
 /// Closes the descriptors `from..=to` of this thread's table.
@@ -141,4 +245,23 @@ fn highest_address() -> usize {
     let on_the_stack = unsafe { libc::getauxval(libc::AT_RANDOM) } as usize;
     let bits = if on_the_stack == 0 { 47 } else { usize::BITS - on_the_stack.leading_zeros() };
     (1usize << bits) - page_size()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The mapping of an address is found among many lines, longer ones than what is looked at of each.
+    #[test]
+    fn the_mapping_of_an_address_is_found() {
+        let local = 0_u8;
+        for addr in [&raw const local as usize, mapping_at as fn(usize) -> Option<Range<usize>> as usize] {
+            let range = mapping_at(addr).unwrap();
+            assert!(
+                range.contains(&addr) && range.start % page_size() == 0 && range.end % page_size() == 0,
+                "{range:x?}"
+            );
+        }
+        assert_eq!(mapping_at(0), None);
+    }
 }

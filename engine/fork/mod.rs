@@ -15,6 +15,7 @@
 
 pub(crate) mod guard;
 pub(crate) mod link;
+pub(crate) mod masks;
 pub(crate) mod records;
 pub(crate) mod wire;
 
@@ -229,17 +230,28 @@ fn reattach(
         reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, records));
     let outcome = attempt.and_then(|mut attached| {
         let pidfd = open_pidfd(pid)?;
+        let (masks, orders) = if shared.poisons() {
+            (None, None)
+        } else {
+            let (engine_end, guard_end) = masks::pair()?;
+            (Some(engine_end), Some(guard_end))
+        };
         let guard = guard::Guard {
             lifeline: socket,
             owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
             uffd: Arc::clone(&attached.uffd),
             messages: MsgBuffer::new(GUARD_MESSAGES),
+            orders,
+            starved: 0,
         };
         // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
         let mut started = Ok(());
         call(|ready| started = spawn_in_child(Role::Guard, shared.id, move || guard.run(|| ready.answer(()))));
         started?;
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
+        if let Some(masks) = &masks {
+            lifeline.greet(Ask::Masks, Some(masks.as_fd()))?;
+        }
         lifeline.greet(
             Ask::Hello { pid, errno: 0, nr_unlocked: attached.unlocked.len() as u64 },
             Some(attached.uffd.as_fd()),

@@ -26,6 +26,8 @@ const BYTES: usize = WORDS * 8;
 pub(crate) enum Ask {
     /// "This is my pidfd."
     Watch,
+    /// "To this socket go orders to mask pages of mine."
+    Masks,
     /// "My areas are mapped and registered": with the userfaultfd. With `errno` ≠ 0: they are not. So many of them were to
     /// be locked if allowed, and are not.
     Hello { pid: i32, errno: i32, nr_unlocked: u64 },
@@ -77,6 +79,7 @@ impl Ask {
             Ask::Watch => words(7, &[]),
             Ask::LookUp { addr } => words(8, &[addr]),
             Ask::Inherited { skip } => words(9, &[skip]),
+            Ask::Masks => words(10, &[]),
         }
     }
 
@@ -91,6 +94,7 @@ impl Ask {
             7 => Ask::Watch,
             8 => Ask::LookUp { addr: w[2] },
             9 => Ask::Inherited { skip: w[2] },
+            10 => Ask::Masks,
             _ => return None,
         })
     }
@@ -272,6 +276,7 @@ mod tests {
             Ask::Watch,
             Ask::LookUp { addr: 1 << 40 },
             Ask::Inherited { skip: 4 },
+            Ask::Masks,
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();

@@ -59,7 +59,8 @@ impl Mapping {
                 hint,
                 length,
                 ProtFlags::PROT_NONE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE | fixed,
+                // Nothing is reserved for a memfd. MAP_NORESERVE would set these mappings apart from their masks.
+                MapFlags::MAP_SHARED | fixed,
                 memfd,
                 offset,
             )

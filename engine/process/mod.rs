@@ -4,11 +4,12 @@
 pub(crate) mod ledger;
 pub(crate) mod mapping;
 pub(crate) mod maps;
+pub(crate) mod mask;
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -37,6 +38,15 @@ pub(crate) fn gate() -> RwLockReadGuard<'static, ()> {
     GATE.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// As [`gate`], but never waits: `None` while a fork is under way or about to be.
+pub(crate) fn try_gate() -> Option<RwLockReadGuard<'static, ()>> {
+    match GATE.try_read() {
+        Ok(gate) => Some(gate),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 /// Waits until no thread keeps forks away, and lets none until dropped: taken before a child's areas are listed, so that
 /// an attach or a detach is either in the list or after the fork.
 pub(crate) fn close_gate() -> RwLockWriteGuard<'static, ()> {
@@ -45,9 +55,14 @@ pub(crate) fn close_gate() -> RwLockWriteGuard<'static, ()> {
 
 /// Makes a memfd that can be sealed. It is not executable, as a system may demand (the sysctl `vm.memfd_noexec`).
 pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
-    // The crate does not name the last flag (Linux 6.3).
-    let noexec = MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL);
-    memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | noexec).map_err(Error::sys("memfd_create"))
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    // The crate does not name the last flag.
+    match memfd_create(name, flags | MFdFlags::from_bits_retain(libc::MFD_NOEXEC_SEAL)) {
+        // Before Linux 6.3 there is neither the flag nor the demand.
+        Err(Errno::EINVAL) => memfd_create(name, flags),
+        other => other,
+    }
+    .map_err(Error::sys("memfd_create"))
 }
 
 /// Tells the id of a pidfd's process as `/proc` has it here; the process itself may know another, in a namespace of its

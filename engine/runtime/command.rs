@@ -1,6 +1,7 @@
 //! What other threads ask of the fault-handling thread, and what it tells them.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use memmap2::MmapMut;
@@ -57,8 +58,13 @@ pub(crate) enum Command {
     Fork { parent: SpaceId, child: Arc<SpaceCounters>, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
     /// Tells the areas that a child of a space would inherit, from the `skip`ped on, `most` of them.
     Inherited { parent: SpaceId, skip: usize, most: usize, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
-    /// Gives a child's space its userfaultfd.
-    Adopt { space: SpaceId, uffd: Arc<Private<Userfault>>, reply: Ticket<Result<(), Errno>> },
+    /// Gives a child's space its userfaultfd, and the socket to order masks by if it needs them. The asker keeps both.
+    Adopt {
+        space: SpaceId,
+        uffd: Arc<Private<Userfault>>,
+        masks: Option<Arc<Private<OwnedFd>>>,
+        reply: Ticket<Result<(), Errno>>,
+    },
     /// Takes a space out.
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.

@@ -16,7 +16,7 @@ use super::handles::{self, Request};
 use super::keeper::Keeper;
 use super::shared::EngineShared;
 use super::threads::{self, Role, contain};
-use super::{callbacks, workers};
+use super::{callbacks, level, workers};
 use crate::fork;
 use crate::fork::link::Local;
 use crate::kiobuf::Kiobuf;
@@ -71,11 +71,18 @@ pub struct EngineBuilder {
     workers: usize,
     handler_cpu: Option<usize>,
     ways: Vec<OpenWay>,
+    without: Features,
 }
 
 impl Default for EngineBuilder {
     fn default() -> Self {
-        EngineBuilder { fault_around_pages: 16, workers: 4, handler_cpu: None, ways: DEFAULT_WAYS.to_vec() }
+        EngineBuilder {
+            fault_around_pages: 16,
+            workers: 4,
+            handler_cpu: None,
+            ways: DEFAULT_WAYS.to_vec(),
+            without: Features::empty(),
+        }
     }
 }
 
@@ -115,6 +122,14 @@ impl EngineBuilder {
         self
     }
 
+    /// Does as if the kernel lacked these features, to try what an engine does on an older one; nothing is taken away
+    /// unless set. [`Engine::features`] tells what is left.
+    #[must_use]
+    pub fn without(mut self, features: Features) -> Self {
+        self.without = features;
+        self
+    }
+
     fn validate(&self) -> Result<()> {
         let invalid = |what, value: usize, rule| Err(Error::Invalid { what, value: value as u64, rule });
         match self {
@@ -135,20 +150,16 @@ impl EngineBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Open`] when no userfaultfd can be had, with each attempt and its remedy, or when
-    /// the kernel lacks a feature that the engine can't do without (Linux 6.6 has them all); [`Error::Invalid`] for a setting out of range;
-    /// [`Error::Sys`] with `EMFILE`, `ENOMEM` or `EAGAIN` for want of descriptors, memory or threads. Nothing is
+    /// [`Error::Open`] when no userfaultfd can be had, with each attempt and its remedy; [`Error::Unsupported`] when
+    /// the kernel lacks a feature that the engine can't do without (Linux 5.14 has them all); [`Error::Invalid`] for a
+    /// setting out of range; [`Error::Sys`] with the errno of remap_file_pages(2) where that is needed (before Linux 6.6)
+    /// and forbidden, or with `EMFILE`, `ENOMEM` or `EAGAIN` for want of descriptors, memory or threads. Nothing is
     /// left behind then.
     pub fn build(self) -> Result<Engine> {
         static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
         self.validate()?;
         let opener = Opener::new(&self.ways);
-        let wanted = Features::EVENT_REMAP
-            | Features::EVENT_REMOVE
-            | Features::EVENT_UNMAP
-            | Features::MISSING_SHMEM
-            | Features::THREAD_ID
-            | Features::POISON;
+        let wanted = level::choose(&opener, self.without)?;
         let (uffd, way) = opened(&opener, wanted)?;
         let uffd = Arc::new(uffd);
         let (commands, command_inbox) = crossbeam_channel::bounded(COMMANDS);
@@ -304,6 +315,12 @@ impl Engine {
     /// ([`OpenWay::serves_kernel_faults`]).
     pub fn open_way(&self) -> OpenWay {
         self.shared.way
+    }
+
+    /// Returns the userfaultfd features that are in use, of those that the engine knows to use. What the lack of one
+    /// means is told where it matters, and together in `docs/operations.md`.
+    pub fn features(&self) -> Features {
+        self.shared.features
     }
 
     /// Returns the counters as they are now. In a forked child they are those of the moment of the fork.

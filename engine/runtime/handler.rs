@@ -104,7 +104,13 @@ impl Handler {
             buffers.try_push(ReadBuffer(anonymous(window_bytes)?)).map_err(|(_, errno)| no_memory(errno))?;
         }
         let mut spaces = MmapVec::new();
-        let own = Space { id: OWN_SPACE, uffd: Some(parts.uffd), table: AreaTable::new(), counters: parts.counters };
+        let own = Space {
+            id: OWN_SPACE,
+            uffd: Some(parts.uffd),
+            masks: None,
+            table: AreaTable::new(),
+            counters: parts.counters,
+        };
         spaces.try_push(own).map_err(|(_, errno)| no_memory(errno))?;
         let held = || -> Result<MmapVec<Fault>> {
             let mut faults = MmapVec::new();
@@ -292,11 +298,8 @@ impl Handler {
     fn answer(&mut self, fault: Fault) {
         let Some(index) = self.index_of(fault.space) else { return };
         let space = &self.spaces[index];
-        let answer = if self.retired {
-            self.resolver.poison_in(space, fault.addr)
-        } else {
-            self.resolver.resolve(space, &fault)
-        };
+        let answer =
+            if self.retired { self.resolver.poison_in(space, &fault) } else { self.resolver.resolve(space, &fault) };
         self.follow(fault, answer);
     }
 
@@ -326,6 +329,7 @@ impl Handler {
             }
             Answer::Gone => self.post(Post::Gone(fault.space)),
             Answer::Stray => self.look_up(fault),
+            Answer::Unmapped => self.unmapped_unseen(fault),
         }
     }
 
@@ -365,13 +369,26 @@ impl Handler {
         match (known, &space.uffd) {
             (Ok(true), _) => self.answer(fault),
             (Ok(false), _) => {
-                let answer = self.resolver.refuse_stray(space, addr);
+                let answer = self.resolver.refuse_stray(space, &fault);
                 self.follow(fault, answer);
             }
             // Unmapped, or no memory to enter it: if it is touched again, there will be a new message.
             (Err(_), Some(uffd)) => drop(self.resolver.wake(uffd, addr)),
             (Err(_), None) => {}
         }
+    }
+
+    /// Does what the event of a page's unmap would have done, which the kernel did not report.
+    fn unmapped_unseen(&mut self, fault: Fault) {
+        let Some(index) = self.index_of(fault.space) else { return };
+        let Handler { spaces, unsent, shared, .. } = self;
+        let space = &mut spaces[index];
+        let Some(uffd) = space.uffd.clone() else { return };
+        if space.table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
+            return self.follow(fault, Answer::Later);
+        }
+        let event = Message::Unmap { start: fault.addr, end: fault.addr + page_size() };
+        apply_event(shared, space, &uffd, event, unsent);
     }
 
     fn retry_parked(&mut self) {
@@ -492,12 +509,13 @@ impl Handler {
                 let outcome = wanted.try_for_each(|area| records.try_push(AreaRecord::of(area)));
                 reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
-            Command::Adopt { space, uffd, reply } => {
+            Command::Adopt { space, uffd, masks, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
                         let added = self.epoll.0.add(&**uffd, EpollEvent::new(EpollFlags::EPOLLIN, space));
                         if added.is_ok() {
                             self.spaces[index].uffd = Some(uffd);
+                            self.spaces[index].masks = masks;
                         }
                         added
                     }
@@ -581,7 +599,7 @@ impl Handler {
             area.target.vmap.open_again();
         }
         child.areas.store(nr_areas as u64, Ordering::Relaxed);
-        let space = Space { id: child.id, uffd: None, table, counters: child };
+        let space = Space { id: child.id, uffd: None, masks: None, table, counters: child };
         let at = self.spaces.partition_point(|other| other.id < space.id);
         self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
     }

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::call::{self, Ticket};
 use super::command::{Command, Post};
+use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::stats::SpaceCounters;
 use crate::{Error, Result};
@@ -74,6 +75,8 @@ pub(crate) enum Request {
     RetryDeferred,
     /// Answers when every post before it is counted.
     Settle { reply: Ticket<()> },
+    /// Drops a list, whose end may run code of the application.
+    Drop { _list: Kiobuf },
     /// Lets go of every child: their guards take over.
     DropPeers { reply: Option<Ticket<()>> },
 }

@@ -47,6 +47,8 @@ struct Peer {
     lifeline: Option<Private<OwnedFd>>,
     /// Watched beside the lifeline; it comes before the greeting.
     pidfd: Option<Private<OwnedFd>>,
+    /// Comes before the greeting too, from a child that masks pages.
+    masks: Option<Arc<Private<OwnedFd>>>,
     /// From its greeting.
     uffd: Option<Arc<Private<Userfault>>>,
     /// Nothing will tell of its end: it closed its lifeline, or it exited and left its address space to a clone.
@@ -200,6 +202,7 @@ impl Keeper {
             match request {
                 Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
                 Request::RetryDeferred => self.retry_deferred(),
+                Request::Drop { .. } => {}
                 Request::Settle { reply } => self.settling.push(reply),
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();
@@ -217,7 +220,10 @@ impl Keeper {
         let space = counters.id;
         let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
         self.shared.spaces_push(Arc::clone(&counters));
-        self.peers.insert(space, Peer { counters, lifeline: Some(lifeline), pidfd: None, uffd: None, orphan: false });
+        self.peers.insert(
+            space,
+            Peer { counters, lifeline: Some(lifeline), pidfd: None, masks: None, uffd: None, orphan: false },
+        );
         if watched.is_err() || self.shared.retired.load(Ordering::SeqCst) {
             // Its end would never be noticed, or the others were let go already. It is told by its lifeline.
             self.part_with(space);
@@ -246,6 +252,12 @@ impl Keeper {
     fn serve(&mut self, space: SpaceId, ask: Ask, descriptor: Option<Private<OwnedFd>>) {
         let reply = match ask {
             Ask::Watch => return self.watch(space, descriptor),
+            Ask::Masks => {
+                if let Some(peer) = self.peers.get_mut(&space) {
+                    peer.masks = descriptor.map(Arc::new);
+                }
+                return;
+            }
             Ask::Hello { pid, errno, nr_unlocked } => {
                 add(&self.shared.counters.lock_downgrades, nr_unlocked);
                 return self.introduce(space, pid, errno, descriptor);
@@ -290,14 +302,15 @@ impl Keeper {
         let Some(peer) = self.peers.get_mut(&space) else { return };
         let known_here = peer.pidfd.as_ref().and_then(|pidfd| pid_of(pidfd.as_fd()));
         peer.counters.pid.store(known_here.unwrap_or(pid), Ordering::Relaxed);
-        let (Some(uffd), true, 0) = (descriptor, peer.pidfd.is_some(), errno) else {
+        let complete = peer.pidfd.is_some() && (self.shared.poisons() || peer.masks.is_some());
+        let (Some(uffd), true, 0) = (descriptor, complete, errno) else {
             // The child could not map its areas: it has none.
             return self.part_with(space);
         };
-        let uffd = Arc::new(uffd.map(Userfault::from));
+        let (uffd, masks) = (Arc::new(uffd.map(Userfault::from)), peer.masks.clone());
         let handed_over = uffd.set_nonblocking_cloexec().and_then(|()| {
             let uffd = Arc::clone(&uffd);
-            let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, reply });
+            let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, masks, reply });
             adopted.unwrap_or(Err(Errno::ESHUTDOWN))
         });
         match handed_over {

@@ -12,6 +12,7 @@ pub(crate) mod handler;
 pub(crate) mod handles;
 pub(crate) mod insert;
 pub(crate) mod keeper;
+mod level;
 pub(crate) mod patience;
 pub(crate) mod resolve;
 pub(crate) mod shared;

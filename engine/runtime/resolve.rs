@@ -1,6 +1,7 @@
 //! From a fault to an answer: looks the page up, and installs it with its neighbours.
 
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,8 +14,10 @@ use super::command::{ReadBuffer, ReadJob, ReadOrder};
 use super::fault::Fault;
 use super::shared::EngineShared;
 use super::workers::WorkerIds;
+use crate::fork::masks;
 use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
+use crate::process::mask::{Masked, give_up, mask};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{OWN_SPACE, Space, Target};
@@ -41,6 +44,8 @@ pub(crate) enum Answer {
     Gone,
     /// No event told of its address: to be looked up.
     Stray,
+    /// The page was unmapped, and no event says so.
+    Unmapped,
 }
 
 /// A read that is under way: neighbours of its pages needn't be read again.
@@ -88,9 +93,10 @@ impl Resolver {
                 // asked for, there will be a new message.
                 return self.wake(uffd, fault.addr);
             }
-            if fault.space == OWN_SPACE && self.shared.keeper.is_thread(fault.tid) {
+            let may_be_keeper = !self.shared.recognises_workers() || self.shared.keeper.is_thread(fault.tid);
+            if fault.space == OWN_SPACE && may_be_keeper {
                 // Code of the application, on the thread that would look the address up.
-                return self.refuse_stray(space, fault.addr);
+                return self.refuse_stray(space, fault);
             }
             return Answer::Stray;
         };
@@ -111,7 +117,7 @@ impl Resolver {
                 let window = around(pages, area, &run, pgoff);
                 self.read(space, uffd, area, fault, window)
             }
-            Nopage::Sigbus(_) => self.poison(space, uffd, fault.addr),
+            Nopage::Sigbus(_) => self.poison(space, uffd, fault),
         }
     }
 
@@ -151,7 +157,7 @@ impl Resolver {
             }
             TryRead::Failed(_) => {
                 add(&self.shared.counters.source_errors, 1);
-                self.poison(space, uffd, fault.addr)
+                self.poison(space, uffd, fault)
             }
             TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
             TryRead::WouldBlock => self.hand_to_worker(space, area, fault, window),
@@ -167,7 +173,7 @@ impl Resolver {
     /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
     fn refuse_worker(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
         add(&self.shared.counters.self_faults, 1);
-        self.poison(space, uffd, fault.addr)
+        self.poison(space, uffd, fault)
     }
 
     fn hand_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
@@ -237,7 +243,7 @@ impl Resolver {
         }
         if outcome.is_err() {
             add(&self.shared.counters.source_errors, 1);
-            return Some(self.poison(space, uffd, fault.addr));
+            return Some(self.poison(space, uffd, fault));
         }
         // The area may have been trimmed meanwhile.
         let window = around(self.fault_around_pages, area, &order.pages, pgoff);
@@ -339,7 +345,7 @@ impl Resolver {
             Stop::Unmapped => self.wake(uffd, fault.addr),
             Stop::BadSource | Stop::NoMemory | Stop::Other(_) => {
                 add(&self.shared.counters.source_errors, 1);
-                self.poison(space, uffd, fault.addr)
+                self.poison(space, uffd, fault)
             }
         }
     }
@@ -368,35 +374,70 @@ impl Resolver {
 
     /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space; unless it came to be
     /// resident meanwhile, by the owner's own writing or before its list was taken back.
-    fn poison(&mut self, space: &Space, uffd: &Userfault, addr: usize) -> Answer {
-        if let Some(answer) = self.map_resident(uffd, addr) {
+    fn poison(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        if let Some(answer) = self.map_resident(uffd, fault.addr) {
             return answer;
         }
-        let Install { stop, .. } = uffd.poison(addr, page_size());
+        if !self.shared.poisons() {
+            return self.mask(space, uffd, fault);
+        }
+        let Install { stop, .. } = uffd.poison(fault.addr, page_size());
         match stop {
-            None => {
-                add(&self.shared.counters.pages_poisoned, 1);
-                space.counters.poisoned.fetch_add(1, Ordering::Relaxed);
-                Answer::Done
-            }
+            None => self.refused(space, Answer::Done),
             Some(Stop::Changing | Stop::NoMemory) => Answer::Later,
             Some(Stop::Gone) => Answer::Gone,
             // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
-            Some(_) => self.wake(uffd, addr),
+            Some(_) => self.wake(uffd, fault.addr),
         }
     }
 
+    /// Makes a page a SIGBUS where the kernel has no poison. A process masks its own pages: a forked child's guard does.
+    fn mask(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        if let Some(masks) = &space.masks {
+            return match masks::order(masks.as_fd(), fault.addr) {
+                Ok(()) => self.refused(space, Answer::Done),
+                Err(Errno::EAGAIN) => Answer::Later,
+                Err(_) => Answer::Gone,
+            };
+        }
+        let masked = match mask(uffd, fault.addr, page_size()) {
+            Masked::NoRoom if fault.starved < OUT_OF_MEMORY_RETRIES => return Answer::Starved,
+            // Rather all of its area than a thread that waits for ever.
+            Masked::NoRoom => match space.table.find(fault.addr) {
+                Some(area) => give_up(uffd, area.start, area.len_bytes()),
+                None => return Answer::Later,
+            },
+            masked => masked,
+        };
+        match masked {
+            Masked::Done => {
+                let woken = self.wake(uffd, fault.addr);
+                self.refused(space, woken)
+            }
+            Masked::Later | Masked::NoRoom => Answer::Later,
+            Masked::Gone => self.wake(uffd, fault.addr),
+            Masked::GoneUnseen => Answer::Unmapped,
+        }
+    }
+
+    /// Counts a page that is SIGBUS from now on.
+    fn refused(&self, space: &Space, answer: Answer) -> Answer {
+        add(&self.shared.counters.pages_poisoned, 1);
+        space.counters.poisoned.fetch_add(1, Ordering::Relaxed);
+        answer
+    }
+
     /// Answers a touch of memory whose bytes nobody knows. If it was unmapped meanwhile, the thread gets SIGSEGV.
-    pub(crate) fn refuse_stray(&mut self, space: &Space, addr: usize) -> Answer {
+    pub(crate) fn refuse_stray(&mut self, space: &Space, fault: &Fault) -> Answer {
         add(&self.shared.counters.strays, 1);
-        self.poison_in(space, addr)
+        self.poison_in(space, fault)
     }
 
     /// As [`Resolver::poison`], whatever the list says: for when the engine no longer serves. A page that became resident
     /// after its fault, as by a shutdown that fills, is there for the thread that touches again.
-    pub(crate) fn poison_in(&mut self, space: &Space, addr: usize) -> Answer {
+    pub(crate) fn poison_in(&mut self, space: &Space, fault: &Fault) -> Answer {
         match &space.uffd {
-            Some(uffd) => self.poison(space, uffd, addr),
+            Some(uffd) => self.poison(space, uffd, fault),
             None => Answer::Done,
         }
     }

@@ -78,6 +78,16 @@ impl EngineShared {
         Arc::clone(&self.local.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Tells whether pages are refused by UFFDIO_POISON; if not, by masks.
+    pub(crate) fn poisons(&self) -> bool {
+        self.features.contains(Features::POISON)
+    }
+
+    /// Tells whether a fault of a worker is known as one, so that it is never made to wait for a worker.
+    pub(crate) fn recognises_workers(&self) -> bool {
+        self.features.contains(Features::THREAD_ID)
+    }
+
     /// Tells whether this process inherited the engine by fork.
     pub(crate) fn is_child(&self) -> bool {
         self.child.load(Ordering::Acquire)

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
+use super::handles::Request;
 use super::shared::EngineShared;
 use super::threads::{self, contain};
 use crate::page::page_size;
@@ -36,7 +37,12 @@ pub(crate) fn run(
             read.map_err(|failure| failure.errno())
         });
         // Perhaps the last reference: the code of what the list keeps alive is the application's too.
-        contain(shared, || drop(list));
+        if shared.recognises_workers() {
+            contain(shared, || drop(list));
+        } else {
+            // It might touch a page that only a worker could read, and nobody would know it.
+            shared.keeper.send(Request::Drop { _list: list });
+        }
         if shared.is_child() {
             threads::end_child();
         }

@@ -5,6 +5,7 @@
 pub(crate) mod mmap_vec;
 pub(crate) mod table;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::kiobuf::Kiobuf;
@@ -39,6 +40,8 @@ pub(crate) struct Space {
     pub(crate) id: SpaceId,
     /// `None` until a forked child has sent its descriptor.
     pub(crate) uffd: Option<Arc<Private<Userfault>>>,
+    /// Where a forked child's guard takes orders to mask pages; `None` for the own process, and where nobody needs to.
+    pub(crate) masks: Option<Arc<Private<OwnedFd>>>,
     pub(crate) table: AreaTable<Target>,
     pub(crate) counters: Arc<SpaceCounters>,
 }

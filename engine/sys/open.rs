@@ -162,6 +162,11 @@ impl Opener {
         Ok((opened.userfault, way))
     }
 
+    /// Returns the features that the kernel has, by the first way that works.
+    pub(crate) fn available(&self) -> Result<Features, OpenFailure> {
+        self.first(Features::empty()).map(|(opened, ..)| opened.features)
+    }
+
     /// Opens by the first way that works; returns also the attempts that failed before it.
     pub(super) fn first(&self, features: Features) -> Result<(Opened, OpenWay, Vec<OpenAttempt>), OpenFailure> {
         let mut attempts = Vec::new();

@@ -16,12 +16,13 @@ use nix::sys::uio::{pread, pwrite};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::kiobuf::Kiobuf;
+use crate::kiobuf::{ExtentKind, Kiobuf};
 use crate::page::page_size;
 use crate::runtime::command::{Changing, Command};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
+use crate::sys::Features;
 use crate::{Error, Result};
 use core::{Contents, DerefFn, VmapCore};
 use residency::Residency;
@@ -111,11 +112,12 @@ impl VmapBuilder {
     /// # Errors
     ///
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
-    /// memory of the list lies in a region of an engine; [`Error::Overflow`] when the list has more bytes than a file
-    /// can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
+    /// memory of the list lies in a region of an engine; [`Error::Unsupported`] for a [`PageSource`](crate::PageSource)
+    /// without the feature THREAD_ID; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
         let VmapBuilder { shared, list, on_deref, user_data, expandable, residency } = self;
         owner_only(&shared, "publishing a vmap")?;
+        refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
         let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
         let mut core = VmapCore::new(&shared.opener, id, list, expandable, on_deref, user_data, notices)?;
@@ -137,6 +139,18 @@ fn owner_only(shared: &EngineShared, what: &'static str) -> Result<()> {
         return Err(Error::NotOwner { what });
     }
     if shared.retired.load(Ordering::Acquire) { Err(Error::Shutdown) } else { Ok(()) }
+}
+
+/// Refuses a page source where a worker that runs it can't be told from a thread of the application.
+fn refuse_unrecognised(shared: &EngineShared, list: &Kiobuf) -> Result<()> {
+    if shared.recognises_workers() || list.extents().all(|extent| extent.kind != ExtentKind::Source) {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: "a page source",
+        missing: Features::THREAD_ID,
+        why: "a source that touches pages that a source makes would wait for itself, and nobody could tell",
+    })
 }
 
 /// Refuses a list whose memory an engine of this process pages in: copying from it could wait for the very thread
@@ -309,6 +323,7 @@ impl Vmap {
                 rule: "only a vmap that was built expandable can grow",
             });
         }
+        refuse_unrecognised(&self.shared, tail)?;
         refuse_own_memory(tail)?;
         let _in_use = self.exclude_owner_io();
         let mut list = self.core.contents().list;

@@ -79,6 +79,16 @@ macro_rules! skip {
     }};
 }
 
+/// Skips a test that has page sources where the level has none.
+#[macro_export]
+macro_rules! needs_sources {
+    () => {
+        if $crate::support::taken_away().contains(kiomap::Features::THREAD_ID) {
+            $crate::skip!("without THREAD_ID there are no page sources");
+        }
+    };
+}
+
 /// Runs `body` on a thread of its own and fails at the deadline.
 pub(crate) fn within<T: Send + 'static>(deadline: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, outcome) = mpsc::channel();
@@ -221,7 +231,32 @@ pub(crate) fn settled_stats(engine: &kiomap::Engine) -> kiomap::Stats {
     engine.stats()
 }
 
-/// Begins to build an engine: every test's engine comes from here.
+/// Begins to build an engine: every test's engine comes from here. `KIOMAP_TEST_WITHOUT` takes features away from it
+/// ([`taken_away`]).
 pub(crate) fn engine_builder() -> kiomap::EngineBuilder {
-    kiomap::Engine::builder()
+    let builder = kiomap::Engine::builder().without(taken_away());
+    if serves_kernel_faults() { builder } else { builder.open_ways(&[kiomap::OpenWay::UserModeOnly]) }
+}
+
+/// The level of privilege that the whole suite runs at: names of features that the kernel is taken to lack, and
+/// `KERNEL_FAULTS` for user mode only, between commas.
+const WITHOUT: &str = "KIOMAP_TEST_WITHOUT";
+
+fn taken_away_names() -> Vec<String> {
+    let names = std::env::var(WITHOUT).unwrap_or_default();
+    names.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+/// The features that this run of the suite does without.
+pub(crate) fn taken_away() -> kiomap::Features {
+    let names = taken_away_names();
+    names.iter().filter(|name| *name != "KERNEL_FAULTS").fold(kiomap::Features::empty(), |set, name| {
+        let known = kiomap::Features::ALL.iter().find(|known| known.name == name);
+        set | known.unwrap_or_else(|| panic!("{WITHOUT} names {name}, which is no feature")).flag
+    })
+}
+
+/// Whether this run of the suite may have an engine that serves faults of the kernel itself.
+pub(crate) fn serves_kernel_faults() -> bool {
+    !taken_away_names().iter().any(|name| name == "KERNEL_FAULTS")
 }

@@ -8,6 +8,9 @@ use kiomap::{Engine, Error, Snapshot, Vmap, page_size};
 /// is in one of the two and not in the other.
 const TRIES: usize = 50;
 
+/// From here on, offsets in an object show that a page is masked.
+const FAR_BYTES: u64 = 1 << 62;
+
 /// A range of a process, and which pages of which memfd it shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Shown {
@@ -94,7 +97,13 @@ fn differences(snapshot: &Snapshot) -> Vec<String> {
         let mut seen = Vec::new();
         for (shown, hidden) in mapped {
             let before = seen.len();
-            seen.extend(said.iter().filter_map(|area| shown.within(area.start, area.end)));
+            seen.extend(said.iter().filter_map(|area| {
+                let part = shown.within(area.start, area.end)?;
+                // A mask: in place of a page that can't be had, where the kernel has no poison.
+                let masked = shown.page >= FAR_BYTES / page_size() as u64;
+                let page = area.page + ((part.start - area.start) / page_size()) as u64;
+                Some(if masked { Shown { page, ..part } } else { part })
+            }));
             let covered: usize = seen[before..].iter().map(|part: &Shown| part.end - part.start).sum();
             // Outside every area: only the engine's own, hidden windows.
             if covered < shown.end - shown.start && !(hidden && space.pid == own) {
