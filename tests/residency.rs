@@ -677,3 +677,37 @@ fn a_region_that_grows_while_it_is_locked_is_served() {
         }
     });
 }
+
+/// As above, over a page that can't be had: as long as the kernel brings the pages of what grew, it reports nothing, and
+/// refuses to poison; the page is refused all the same, and nobody hangs.
+#[test]
+fn a_region_that_grows_over_a_hole_while_it_is_locked_does_not_hang() {
+    alone("a_region_that_grows_over_a_hole_while_it_is_locked_does_not_hang", || {
+        let engine = engine();
+        let list = Kiobuf::concat(&[pages(6), holes(2), pages(4)]).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let region = vmap.attach(&long(4)).unwrap();
+        if mlock(at(&region, 0), 4).is_err() {
+            skip!("mlock brings no pages where {} serves no faults of the kernel", engine.open_way());
+        }
+        let place = populated(0, 14);
+        let (from, to) = (at(&region, 0).cast(), place as *mut libc::c_void);
+        let (old, new) = (4 * page_size(), 14 * page_size());
+        // SAFETY: moves the region to where this test has mapped pages of its own.
+        let moved = unsafe { libc::mremap(from, old, new, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to) };
+        assert_eq!(moved, to, "{}", Errno::last());
+        for page in 0..14 {
+            let touched = touch::read(moved.cast::<u8>().wrapping_add(page * page_size()));
+            if [6, 7, 12, 13].contains(&page) {
+                assert!(touched.is_err_and(|refused| refused.signal == libc::SIGBUS), "page {page}: {touched:?}");
+            } else {
+                let marked = if page < 6 { page } else { page - 8 };
+                assert_eq!(touched, Ok(mark(marked as u64)), "page {page}");
+            }
+        }
+        assert_nobody_waits(&engine);
+        drop(region);
+        engine.settle().unwrap();
+        assert_eq!(vmap.refcount().unwrap(), 0);
+    });
+}

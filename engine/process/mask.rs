@@ -51,6 +51,30 @@ pub(crate) fn mask(uffd: &Userfault, start: usize, len: usize) -> Masked {
         // What is unread may be that the range was unmapped.
         return Masked::Later;
     }
+    match map_and_register(uffd, start, len) {
+        Masked::Done => {}
+        refused => return refused,
+    }
+    match is_mask(uffd, start) {
+        Some(true) => Masked::Done,
+        Some(false) => {
+            // Foreign memory that took the address in between: it is not ours to serve.
+            let _ = uffd.unregister(start, len);
+            Masked::GoneUnseen
+        }
+        None => Masked::Later,
+    }
+}
+
+/// As [`mask`], for a page of an address space that has been changing for so long that the change may wait for this very
+/// page: mremap brings the pages of a locked mapping that it grows before it reports anything, and as long as it has
+/// reported nothing, the kernel poisons nothing.
+pub(crate) fn mask_while_changing(uffd: &Userfault, start: usize, len: usize) -> Masked {
+    let Some(_gate) = try_gate() else { return Masked::Later };
+    map_and_register(uffd, start, len)
+}
+
+fn map_and_register(uffd: &Userfault, start: usize, len: usize) -> Masked {
     let mut mapped = map_far(start, len);
     if mapped == Err(Errno::EAGAIN) {
         // Locked memory is counted twice in that moment, and RLIMIT_MEMLOCK has no room: a mask needn't be locked.
@@ -66,18 +90,9 @@ pub(crate) fn mask(uffd: &Userfault, start: usize, len: usize) -> Masked {
     // Refused for an address that is unmapped by now, which the registration finds out.
     let _ = dont_fork(start, len);
     match uffd.register_missing(start, len) {
-        Ok(_) => {}
-        Err(Errno::EINVAL | Errno::EBUSY) => return Masked::GoneUnseen,
-        Err(_) => return Masked::NoRoom,
-    }
-    match is_mask(uffd, start) {
-        Some(true) => Masked::Done,
-        Some(false) => {
-            // Foreign memory that took the address in between: it is not ours to serve.
-            let _ = uffd.unregister(start, len);
-            Masked::GoneUnseen
-        }
-        None => Masked::Later,
+        Ok(_) => Masked::Done,
+        Err(Errno::EINVAL | Errno::EBUSY) => Masked::GoneUnseen,
+        Err(_) => Masked::NoRoom,
     }
 }
 

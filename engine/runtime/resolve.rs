@@ -17,7 +17,7 @@ use super::workers::WorkerIds;
 use crate::fork::masks;
 use crate::kiobuf::{Nopage, TryRead};
 use crate::page::page_size;
-use crate::process::mask::{Masked, give_up, mask};
+use crate::process::mask::{Masked, give_up, mask, mask_while_changing};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{OWN_SPACE, Space, Target};
@@ -28,6 +28,9 @@ use crate::sys::{Install, Stop, Userfault};
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
 /// Tries at a page while its address space is changing, before it is filled in another way.
 const RETRIES_BEFORE_ASIDE: u32 = 3;
+/// Tries at refusing a page while its address space is changing, before it is refused in another way; with the handler's
+/// pauses, seconds.
+const RETRIES_BEFORE_MASK: u32 = 256;
 /// Tries at a page of which the kernel says that it is not mapped, although no event said so.
 const UNMAPPED_RETRIES: u32 = 16;
 
@@ -375,8 +378,12 @@ impl Resolver {
     /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space; unless it came to be
     /// resident meanwhile, by the owner's own writing or before its list was taken back.
     fn poison(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
-        if let Some(answer) = self.map_resident(uffd, fault.addr) {
-            return answer;
+        match self.map_resident(uffd, fault.addr) {
+            Some(Answer::Later) if space.id == OWN_SPACE && fault.retries >= RETRIES_BEFORE_MASK => {
+                return self.mask_while_changing(space, uffd, fault);
+            }
+            Some(answer) => return answer,
+            None => {}
         }
         if !self.shared.poisons() {
             return self.mask(space, uffd, fault);
@@ -388,6 +395,23 @@ impl Resolver {
             Some(Stop::Gone) => Answer::Gone,
             // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
             Some(_) => self.wake(uffd, fault.addr),
+        }
+    }
+
+    /// Makes a page a SIGBUS while the kernel neither maps nor poisons anything, unless the object holds it: the thread
+    /// then maps it by itself.
+    fn mask_while_changing(&self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        let window = space.table.find(fault.addr).and_then(|area| Some((area, area.target.window.as_ref()?)));
+        if window.is_some_and(|(area, window)| window.holds(area.pgoff_of(fault.addr))) {
+            return self.wake(uffd, fault.addr);
+        }
+        match mask_while_changing(uffd, fault.addr, page_size()) {
+            Masked::Done => {
+                let woken = self.wake(uffd, fault.addr);
+                self.refused(space, woken)
+            }
+            Masked::Later | Masked::NoRoom => Answer::Later,
+            Masked::Gone | Masked::GoneUnseen => self.wake(uffd, fault.addr),
         }
     }
 

@@ -74,6 +74,12 @@ impl Window {
         self.uffd.zeropage(self.page_at(pgoff), len)
     }
 
+    /// Tells whether the object holds a page, by mapping it here.
+    pub(crate) fn holds(&self, pgoff: u64) -> bool {
+        pgoff < self.nr_pages
+            && matches!(self.uffd.r#continue(self.page_at(pgoff), page_size()).stop, None | Some(Stop::Present))
+    }
+
     /// Fills the missing pages of `first..end`; present ones stay as they are.
     ///
     /// # Errors
