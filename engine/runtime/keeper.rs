@@ -181,9 +181,7 @@ impl Keeper {
     fn find(&self, space: SpaceId, addr: usize) -> Finding {
         // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
         let maps = self.open_maps(space);
-        maps.map_or(Finding::Foreign, |maps| {
-            find(&maps, addr, |file| self.shared.vmaps.find_by_file(file).map(|vmap| vmap.id))
-        })
+        maps.map_or(Finding::Foreign, |maps| find(&maps, addr, |file| self.shared.vmaps.id_of(file)))
     }
 
     fn open_maps(&self, space: SpaceId) -> Option<Maps> {

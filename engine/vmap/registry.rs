@@ -11,7 +11,7 @@ use crate::process::maps::open_own;
 type File = (libc::dev_t, libc::ino_t);
 
 /// Objects of vmaps that are gone are looked for among the mappings whenever that many more have gathered.
-const GONE: usize = 1024;
+const GONE: usize = if cfg!(test) { 4 } else { 1024 };
 
 /// Finds vmaps by id; does not keep them alive.
 #[derive(Debug, Default)]
@@ -54,10 +54,10 @@ impl Registry {
         self.find_ungated(id)
     }
 
-    /// Finds the vmap whose backing object this is.
-    pub(crate) fn find_by_file(&self, file: File) -> Option<Arc<VmapCore>> {
+    /// Finds the id of the vmap whose backing object this is. It may be about to go.
+    pub(crate) fn id_of(&self, file: File) -> Option<u64> {
         let _gate = gate();
-        self.lock().vmaps.values().find(|(_, of)| *of == file).and_then(|(vmap, _)| vmap.upgrade())
+        self.lock().vmaps.iter().find(|(_, (vmap, of))| *of == file && vmap.strong_count() > 0).map(|(&id, _)| id)
     }
 
     /// Every vmap that is alive.
@@ -83,4 +83,39 @@ fn mapped(files: &HashSet<File>) -> HashSet<File> {
     let Ok(maps) = open_own() else { return HashSet::new() };
     let vmas = maps.vmas().filter_map(Result::ok);
     vmas.filter(|vma| !vma.hidden && files.contains(&vma.file)).map(|vma| vma.file).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AttachOptions, Engine, Kiobuf, page_size};
+
+    /// T111: of vmaps that are gone, only those are remembered that something still maps.
+    #[test]
+    fn objects_that_nobody_maps_are_forgotten() {
+        let engine = Engine::new().unwrap();
+        let shared = engine.shared_for_tests();
+        let vmap = || {
+            let mut list = Kiobuf::new();
+            list.map_zero(2).unwrap();
+            engine.vmap(&list).unwrap()
+        };
+        let first = vmap();
+        let region = first.attach(&AttachOptions::new().len_bytes(page_size()).at(0x2000_0000_0000)).unwrap();
+        let (addr, page) = (region.as_ptr().cast::<libc::c_void>(), page_size());
+        assert!(shared.vmaps.is_any_mapped());
+        // Grown, and what it grew from unmapped: a page that is in no table.
+        // SAFETY: nothing refers to the region's range, nor lies behind it.
+        unsafe {
+            assert_eq!(libc::mremap(addr, page, 2 * page, 0), addr);
+            assert_eq!(libc::munmap(addr, page), 0);
+        }
+        drop((region, first));
+        (0..5 * GONE).for_each(|_| drop(vmap()));
+        assert!(shared.vmaps.lock().gone.len() <= GONE + 2);
+        assert!(shared.vmaps.is_any_mapped());
+        // SAFETY: as above.
+        unsafe { assert_eq!(libc::munmap(addr.byte_add(page), page), 0) };
+        assert!(!shared.vmaps.is_any_mapped());
+    }
 }
