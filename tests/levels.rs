@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -406,6 +407,35 @@ fn without_poison_a_failing_source_is_sigbus_for_its_page() {
         }
         assert!(vmap.read_at(5 * page_size() as u64, &mut [0]).is_err());
         assert_truth(&engine);
+    });
+}
+
+/// T95: the pages around a masked one are not read again and again for it.
+#[test]
+fn pages_around_a_mask_are_read_once() {
+    needs_sources!();
+    alone("pages_around_a_mask_are_read_once", || {
+        let (asked, fails) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(true)));
+        let list = source(16, {
+            let (asked, fails) = (Arc::clone(&asked), Arc::clone(&fails));
+            move |first, nr| {
+                asked.fetch_add(1, Ordering::SeqCst);
+                let fails = fails.load(Ordering::SeqCst) && (first..first + nr as u64).contains(&5);
+                if fails { Err(std::io::Error::other("page 5")) } else { Ok(()) }
+            }
+        });
+        let engine = without_poison().fault_around_pages(16).build().unwrap();
+        let (_vmap, region) = attached(&engine, &list);
+        assert_sigbus(&region, 5);
+        fails.store(false, Ordering::SeqCst);
+        let before = asked.load(Ordering::SeqCst);
+        assert_eq!(read_page(&region, 9), Ok(mark(9)));
+        engine.settle().unwrap();
+        for page in (0..16).filter(|&page| page != 5) {
+            assert_eq!(read_page(&region, page), Ok(mark(page)));
+        }
+        assert_eq!(asked.load(Ordering::SeqCst), before + 1);
+        assert_sigbus(&region, 5);
     });
 }
 
