@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -337,6 +339,8 @@ fn masks_among_unmaps_leave_others_memory_alone() {
         const PAGES: u64 = 16;
         let engine = without_poison().fault_around_pages(1).build().unwrap();
         let vmap = engine.vmap(&list_with_holes(PAGES, |page| page % 2 == 1)).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![0x77; page_size()]).unwrap();
         for round in 0..300_u64 {
             let region = vmap.attach(&AttachOptions::new()).unwrap();
             let foreign = std::thread::scope(|scope| {
@@ -358,17 +362,14 @@ fn masks_among_unmaps_leave_others_memory_alone() {
                 // SAFETY: a page of the region, to which nobody refers, and then memory of this test's own in its place.
                 let foreign = unsafe {
                     assert_eq!(libc::munmap(here.cast(), page_size()), 0);
-                    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-                    let (prot, file) = (libc::PROT_READ | libc::PROT_WRITE, -1);
-                    libc::mmap(here.cast(), page_size(), prot, flags, file, 0)
+                    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE;
+                    libc::mmap(here.cast(), page_size(), libc::PROT_READ, flags, file.as_raw_fd(), 0)
                 };
                 if foreign == libc::MAP_FAILED {
                     // Another thread's stack, say.
                     touching.join().unwrap();
                     return None;
                 }
-                // SAFETY: the page was just mapped, by and for this test.
-                unsafe { std::ptr::write_bytes(foreign.cast::<u8>(), 0x77, page_size()) };
                 touching.join().unwrap();
                 assert_eq!(touch::read(here), Ok(0x77));
                 Some(foreign)
@@ -637,7 +638,7 @@ fn without_thread_id_page_sources_are_refused() {
         refused(vmap.expand(&list).unwrap_err());
         assert_eq!(vmap.nr_pages(), 4);
         let mut file = tempfile::tempfile().unwrap();
-        std::io::Write::write_all(&mut file, &vec![0x5a; 2 * page_size()]).unwrap();
+        file.write_all(&vec![0x5a; 2 * page_size()]).unwrap();
         let mut tail = Kiobuf::new();
         tail.map_file(&file, 0..2 * page_size() as u64).unwrap();
         vmap.expand(&tail).unwrap();
@@ -691,7 +692,6 @@ fn in_user_mode_only_system_calls_on_missing_pages_are_efault() {
             let (told, tell) = nix::unistd::pipe().unwrap();
             let here = support::in_page(&region, page);
             let write = || {
-                use std::os::fd::AsRawFd;
                 // SAFETY: the kernel reads the byte if it is there.
                 Errno::result(unsafe { libc::write(tell.as_raw_fd(), here.cast(), 1) })
             };
