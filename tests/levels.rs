@@ -291,7 +291,7 @@ fn a_forked_child_begins_without_masks_and_makes_its_own() {
             reap_ok(second);
             // SAFETY: pages of the region, to which nobody refers; one of them is a mask.
             assert_eq!(unsafe { libc::munmap(at(&region, 2).cast(), 2 * page_size()) }, 0);
-            assert_eq!(vmap.refcount().unwrap(), 3);
+            eventually("the split is counted", || vmap.refcount().unwrap() == 3);
         });
         reap_ok(first);
         settled(&engine, &vmap, 1);
