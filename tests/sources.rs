@@ -287,6 +287,7 @@ fn a_source_that_touches_the_page_it_makes_gets_sigbus() {
             let outcomes = test.outcomes.lock().unwrap();
             assert!(outcomes[0].unwrap_err().is_sigbus_at(in_page(region, 3) as usize), "{outcomes:?}");
             assert_eq!(settled_stats(&test.engine).self_faults, 1);
+            drop(outcomes);
             assert_eq!(read_page(region, 4), Ok(mark(4)));
         }
     });

@@ -250,6 +250,7 @@ fn highest_address() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::is_aligned;
 
     /// The mapping of an address is found among many lines, longer ones than what is looked at of each.
     #[test]
@@ -257,10 +258,7 @@ mod tests {
         let local = 0_u8;
         for addr in [&raw const local as usize, mapping_at as fn(usize) -> Option<Range<usize>> as usize] {
             let range = mapping_at(addr).unwrap();
-            assert!(
-                range.contains(&addr) && range.start % page_size() == 0 && range.end % page_size() == 0,
-                "{range:x?}"
-            );
+            assert!(range.contains(&addr) && is_aligned(range.start) && is_aligned(range.end), "{range:x?}");
         }
         assert_eq!(mapping_at(0), None);
     }

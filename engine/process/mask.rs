@@ -100,7 +100,8 @@ fn map_and_register(uffd: &Userfault, start: usize, len: usize) -> Masked {
 /// touch is SIGSEGV then. Either fails closed.
 pub(crate) fn give_up(uffd: &Userfault, start: usize, len: usize) -> Masked {
     match mask(uffd, start, len) {
-        Masked::NoRoom => {}
+        // Refused too where its parts differ, as in what an application has protected.
+        Masked::NoRoom | Masked::Gone => {}
         masked => return masked,
     }
     // SAFETY: the bytes stay as they are; whoever touches them gets a signal, as for every page that can't be had.

@@ -300,10 +300,18 @@ impl Resolver {
                     return self.install_aside(space, uffd, area, fault, source);
                 }
                 Some(stop) if total == page => return self.not_installed(space, uffd, fault, stop),
-                Some(_) => {
+                Some(stop) => {
                     // The window may reach over the border of a mapping, or a neighbour's source may be bad.
-                    let source = source.advanced(wanted);
-                    return self.install(space, uffd, area, fault, pgoff..pgoff + 1, source);
+                    let advanced = source.advanced(wanted);
+                    let answer = self.install(space, uffd, area, fault, pgoff..pgoff + 1, advanced);
+                    if stop == Stop::Unmapped && !self.shared.poisons() {
+                        // A mask among them parts them for the kernel. What was read once is not read again for that.
+                        for offset in (0..total).step_by(page).filter(|&offset| offset != wanted) {
+                            let install = source.install(uffd, start + offset, offset, page);
+                            self.count_installed(space, &source, install.bytes);
+                        }
+                    }
+                    return answer;
                 }
             }
         }
