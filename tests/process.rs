@@ -239,6 +239,7 @@ fn a_daemon_is_served_and_counted_to_the_last() {
             assert!(region.is_first());
             let (told, go) = (Told::new(), Told::new());
             let daemon = daemonise(|| {
+                told.tell(1);
                 for page in [3, 9, 27] {
                     go.wait_for(1);
                     assert_eq!(touch::read(at(&region, page)), Ok(mark(page)));
@@ -248,6 +249,7 @@ fn a_daemon_is_served_and_counted_to_the_last() {
                 }
                 go.wait_for(3);
             });
+            told.wait_for(1);
             eventually("its parent is counted out", || engine.spaces().unwrap().len() == 2);
             assert_count(&engine, &vmap, 2);
             drop(region);
