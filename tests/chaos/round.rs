@@ -988,14 +988,13 @@ impl Round {
         if let Some(killer) = killer {
             killer.join().map_err(|_| "the killer panicked")?;
         }
-        for &(process, _) in jobs.iter().filter(|(process, _)| *process != 0) {
-            if Some(process) == killed {
-                self.gone(process)?;
-                // What it had forked is ended by itself, and counted then.
-                self.late = true;
-            } else {
-                answers.push(self.hear(process)?);
-            }
+        for &(process, _) in jobs.iter().filter(|(process, _)| *process != 0 && Some(*process) != killed) {
+            answers.push(self.hear(process)?);
+        }
+        if let Some(killed) = killed {
+            self.gone(killed)?;
+            // What it had forked is ended by itself, and counted then.
+            self.late = true;
         }
         for answer in answers {
             match answer {
@@ -1034,7 +1033,10 @@ impl Round {
             let pages = 1 + rng.below((run.pages - first).min(12) as u64) as usize;
             Some((run.addr + first * page_size(), pages * page_size(), run.writable))
         };
-        let cuts = (0..storm.cuts).filter_map(|_| part(&runs)).map(|(addr, len, _)| (addr, len)).collect();
+        // Elsewhere another thread may get the addresses at once.
+        let in_arena = |addr: &usize| (page_of(0)..page_of(ARENA)).contains(&(addr / page_size()));
+        let cuts = (0..storm.cuts).filter_map(|_| part(&runs)).map(|(addr, len, _)| (addr, len));
+        let cuts = cuts.filter(|(addr, _)| in_arena(addr)).collect();
         let advice = storm.advice.iter().filter_map(|&advice| {
             let (addr, len, writable) = part(&runs)?;
             (advice != Advice::Remove || writable).then_some((addr, len, advice))
