@@ -33,6 +33,12 @@ use support::tell;
 
 /// The file of the script that this process shall run as a round.
 const INSIDE: &str = "KIOMAP_CHAOS_INSIDE";
+/// How many seconds a step of it may take.
+const PATIENCE: &str = "KIOMAP_CHAOS_PATIENCE";
+/// A step takes milliseconds, on a machine that is busy elsewhere perhaps a second.
+const PATIENT: u64 = 25;
+/// While a failure is shrunk, many candidates may hang.
+const IMPATIENT: u64 = 5;
 /// A round takes a few seconds at the most; it says itself where it hangs, a little before this.
 const ROUND: Duration = Duration::from_secs(100);
 /// What a round says when it has found something.
@@ -53,7 +59,7 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 /// Runs a script in a process of its own.
-fn run(script: &Script) -> Ended {
+fn run(script: &Script, patience: u64) -> Ended {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(script.to_text().as_bytes()).unwrap();
     // Others may run rounds as other users.
@@ -61,6 +67,7 @@ fn run(script: &Script) -> Ended {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["chaos", "--exact", "--nocapture", "--test-threads=1"])
         .env(INSIDE, file.path())
+        .env(PATIENCE, patience.to_string())
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -107,7 +114,7 @@ fn inside(path: &std::ffi::OsStr) -> ! {
         unsafe { libc::_exit(101) }
     }));
     let script = Script::from_text(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let code = match round::run(&script) {
+    let code = match round::run(&script, Duration::from_secs(number(PATIENCE, PATIENT))) {
         Ok((touches, processes)) => {
             tell(&format!("chaos: passed {} {touches} {processes}", script.ops.len()));
             0
@@ -134,7 +141,7 @@ fn report(script: &Script, ended: &Ended, seed: &str) -> String {
             if Instant::now() > end {
                 return None;
             }
-            let ended = run(&script);
+            let ended = run(&script, IMPATIENT);
             if ended.passed.is_none() {
                 last = Some(ended.said);
                 return Some(true);
@@ -183,7 +190,7 @@ fn chaos() {
     if let Some(path) = std::env::var_os("KIOMAP_CHAOS_SCRIPT") {
         let script = Script::from_text(&std::fs::read_to_string(&path).unwrap()).unwrap();
         for _ in 0..number("KIOMAP_CHAOS_REPEATS", 5) {
-            let ended = run(&script);
+            let ended = run(&script, PATIENT);
             assert!(ended.passed.is_some(), "{} fails:\n{}", path.display(), ended.said);
         }
         return tell(&format!("chaos: {} passes", path.display()));
@@ -193,7 +200,7 @@ fn chaos() {
     let (start, mut rounds, mut ops, mut touches, mut processes) = (Instant::now(), 0, 0, 0, 0);
     while start.elapsed() < time {
         let script = generate(seed, rounds);
-        let ended = run(&script);
+        let ended = run(&script, PATIENT);
         let Some((more_ops, more_touches, at_once)) = ended.passed else {
             panic!("chaos: {}", report(&script, &ended, &format!("seed {seed}, round {rounds}")));
         };

@@ -23,8 +23,6 @@ use crate::support::{engine_builder, open_descriptors, threads, touch, truth, vm
 const ARENA_START: usize = 0x1000_0000_0000;
 /// Where storms attach and drop, behind the arena.
 const CHURN_START: usize = ARENA_START + 0x1000_0000;
-/// An operation that takes longer hangs.
-const HANG: Duration = Duration::from_secs(25);
 /// How long what is counted late may take.
 const LATE: Duration = Duration::from_secs(15);
 
@@ -125,12 +123,13 @@ fn ended(pidfd: &OwnedFd) {
     while nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).is_err() {}
 }
 
-/// Runs a script. What it finds is the error, with the step at which it was found.
-pub(crate) fn run(script: &Script) -> Result<(u64, usize), String> {
+/// Runs a script. What it finds is the error, with the step at which it was found. A step that takes longer than
+/// `patience` hangs.
+pub(crate) fn run(script: &Script, patience: Duration) -> Result<(u64, usize), String> {
     // SAFETY: plain numbers. Processes whose parents are killed become children of this one.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
     let now = Arc::new(Mutex::new((Instant::now(), "the start".to_owned())));
-    watch(&now);
+    watch(&now, patience);
     // The first touch installs the handlers, and the first list file and pipe whatever they need.
     let _ = touch::read(std::ptr::null());
     let local = Local::new();
@@ -172,7 +171,7 @@ pub(crate) fn run(script: &Script) -> Result<(u64, usize), String> {
 }
 
 /// Says where a round hangs, and what every thread of it waits for.
-fn watch(now: &Arc<Mutex<(Instant, String)>>) {
+fn watch(now: &Arc<Mutex<(Instant, String)>>, patience: Duration) {
     let now = Arc::clone(now);
     let (started, wait) = std::sync::mpsc::channel();
     let body = move || {
@@ -181,7 +180,7 @@ fn watch(now: &Arc<Mutex<(Instant, String)>>) {
         loop {
             std::thread::sleep(Duration::from_millis(500));
             let (since, what) = now.lock().unwrap().clone();
-            if since.elapsed() > HANG {
+            if since.elapsed() > patience {
                 crate::support::tell(&format!("chaos: found: {what}: hangs\n{}", who_waits()));
                 // SAFETY: ends the process without exit handlers.
                 unsafe { libc::_exit(102) };
@@ -960,7 +959,7 @@ impl Round {
         let processes: Vec<usize> =
             storm.processes.iter().copied().filter(|&process| self.process(process).is_some()).collect();
         let killed = storm.kill.filter(|killed| *killed != 0 && processes.contains(killed));
-        let removes = storm.advice.contains(&Advice::Remove);
+        let removes = storm.advice.contains(&Advice::Remove) || storm.evict && storm.cuts > 0;
         let mut rng = Rng::new(storm.seed);
         let mut jobs = Vec::new();
         for (index, &process) in processes.iter().enumerate() {
@@ -1005,7 +1004,7 @@ impl Round {
         }
         for (process, job) in &jobs {
             if self.process(*process).is_some() {
-                for &(addr, len) in &job.cuts {
+                for &(addr, len, _) in &job.cuts {
                     let (page, pages) = (addr / page_size(), len / page_size());
                     self.space(*process).unmap(page..page + pages);
                 }
@@ -1035,8 +1034,10 @@ impl Round {
         };
         // Elsewhere another thread may get the addresses at once.
         let in_arena = |addr: &usize| (page_of(0)..page_of(ARENA)).contains(&(addr / page_size()));
-        let cuts = (0..storm.cuts).filter_map(|_| part(&runs)).map(|(addr, len, _)| (addr, len));
-        let cuts = cuts.filter(|(addr, _)| in_arena(addr)).collect();
+        let cuts = (0..storm.cuts)
+            .filter_map(|_| part(&runs))
+            .map(|(addr, len, writable)| (addr, len, storm.evict && writable));
+        let cuts = cuts.filter(|(addr, ..)| in_arena(addr)).collect();
         let advice = storm.advice.iter().filter_map(|&advice| {
             let (addr, len, writable) = part(&runs)?;
             (advice != Advice::Remove || writable).then_some((addr, len, advice))
@@ -1070,7 +1071,7 @@ impl Round {
             let Some(state) = state.as_ref().filter(|_| Some(number) != killed) else { continue };
             let mut space = state.space.clone();
             for (_, job) in jobs.iter().filter(|(process, _)| *process == number) {
-                for &(addr, len) in &job.cuts {
+                for &(addr, len, _) in &job.cuts {
                     space.unmap(addr / page_size()..(addr + len) / page_size());
                 }
             }

@@ -244,6 +244,8 @@ pub(crate) struct Storm {
     pub(crate) advice: Vec<Advice>,
     /// Unmaps of parts of regions, one after the other.
     pub(crate) cuts: usize,
+    /// The pages are dropped right before.
+    pub(crate) evict: bool,
     /// Attaches and drops.
     pub(crate) churns: u32,
     pub(crate) forks: u32,
@@ -587,7 +589,8 @@ impl Generator {
             touches: 50 + self.below(400) as u32,
             writes: self.chance(2),
             advice,
-            cuts: if self.chance(2) { self.below(6) } else { 0 },
+            cuts: if self.chance(2) { self.below(24) } else { 0 },
+            evict: self.chance(2),
             churns: if self.chance(2) { self.below(12) as u32 } else { 0 },
             forks: if self.chance(3) { 1 + self.below(3) as u32 } else { 0 },
             timer: self.chance(3).then(|| 100 + self.below(200) as u32),

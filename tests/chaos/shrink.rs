@@ -61,6 +61,7 @@ fn simpler(op: &Op) -> Vec<Simplify> {
             |op| storm(op, |storm| storm.forks = 0),
             |op| storm(op, |storm| storm.churns = 0),
             |op| storm(op, |storm| storm.cuts = 0),
+            |op| storm(op, |storm| storm.evict = false),
             |op| storm(op, |storm| storm.advice.clear()),
             |op| storm(op, |storm| storm.writes = false),
             |op| storm(op, |storm| storm.touchers = 1),

@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use kiomap::{AttachOptions, Vmap, page_size};
 use nix::errno::Errno;
@@ -30,8 +30,9 @@ pub(crate) struct StormJob {
     pub(crate) touchers: usize,
     pub(crate) touches: u32,
     pub(crate) runs: Vec<Run>,
-    /// Ranges that are unmapped, in this order.
-    pub(crate) cuts: Vec<(usize, usize)>,
+    /// Ranges that are unmapped, in this order, and whether their pages are dropped right before: threads then wait
+    /// there.
+    pub(crate) cuts: Vec<(usize, usize, bool)>,
     pub(crate) advice: Vec<(usize, usize, Advice)>,
     /// Some process drops pages: they may become the list's again.
     pub(crate) removes: bool,
@@ -76,6 +77,8 @@ struct Weather<'a> {
     sheet: Sheet,
     /// Touches so far, of all threads.
     touched: AtomicU64,
+    /// The range that is unmapped next.
+    next_cut: AtomicUsize,
     problem: Mutex<Option<String>>,
 }
 
@@ -101,7 +104,7 @@ impl Weather<'_> {
     }
 
     fn is_cut(&self, addr: usize) -> bool {
-        self.job.cuts.iter().any(|&(start, len)| (start..start + len).contains(&addr))
+        self.job.cuts.iter().any(|&(start, len, _)| (start..start + len).contains(&addr))
     }
 
     /// Judges what a touch of a word has come to.
@@ -132,6 +135,22 @@ impl Weather<'_> {
         }
     }
 
+    /// Any page, or one that is about to be unmapped.
+    fn choose(&self, rng: &mut Rng) -> (&Run, usize) {
+        let job = self.job;
+        if rng.below(2) == 0
+            && let Some(&(start, len, _)) = job.cuts.get(self.next_cut.load(Ordering::Relaxed))
+        {
+            let at = start + rng.below((len / page_size()) as u64) as usize * page_size();
+            let holds = |run: &&Run| (run.addr..run.addr + run.pages * page_size()).contains(&at);
+            if let Some(run) = job.runs.iter().find(holds) {
+                return (run, (at - run.addr) / page_size());
+            }
+        }
+        let run = &job.runs[rng.below(job.runs.len() as u64) as usize];
+        (run, rng.below(run.pages as u64) as usize)
+    }
+
     fn toucher(&self, index: usize) {
         let job = self.job;
         let mut rng = Rng::new(stamp(job.seed, index as u64));
@@ -142,8 +161,7 @@ impl Weather<'_> {
             if self.is_over() {
                 return;
             }
-            let run = &job.runs[rng.below(job.runs.len() as u64) as usize];
-            let page = rng.below(run.pages as u64) as usize;
+            let (run, page) = self.choose(&mut rng);
             let at = run.addr + page * page_size();
             let pgoff = run.pgoff + page as u64;
             let mine = storm_value(job.number, lane, run.vmap, pgoff);
@@ -166,8 +184,14 @@ impl Weather<'_> {
     }
 
     fn cutter(&self) {
-        for (n, &(addr, len)) in self.job.cuts.iter().enumerate() {
+        let mut rng = Rng::new(self.job.seed ^ 0x3c3c);
+        for (n, &(addr, len, evicted)) in self.job.cuts.iter().enumerate() {
+            self.next_cut.store(n, Ordering::Relaxed);
             self.wait_for_turn(n + 1, self.job.cuts.len() + 1);
+            if evicted {
+                advise(addr, len, Advice::Remove);
+                rng.dawdle(20_000);
+            }
             // SAFETY: the arena is the round's own, and nothing refers to it.
             if unsafe { libc::munmap(addr as *mut libc::c_void, len) } != 0 {
                 self.report(format!("munmap: {}", Errno::last()));
@@ -324,6 +348,7 @@ pub(crate) fn run(local: &Local, job: &StormJob) -> Answer {
         regions: &local.regions,
         sheet: local.sheet,
         touched: AtomicU64::new(0),
+        next_cut: AtomicUsize::new(0),
         problem: Mutex::new(None),
     };
     let timer = job.timer.map(Timer::start);
