@@ -84,6 +84,7 @@ pub(crate) enum Job {
         from: usize,
         len: usize,
         new_len: usize,
+        flags: i32,
         to: Option<usize>,
     },
     Protect {
@@ -341,8 +342,7 @@ impl Local {
                 unsafe { mapped.cast::<u8>().write_bytes(byte, len) };
                 Answer::Done
             }
-            Job::Remap { from, len, new_len, to } => {
-                let flags = if to.is_some() { libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED } else { 0 };
+            Job::Remap { from, len, new_len, flags, to } => {
                 let target = to.unwrap_or(0) as *mut libc::c_void;
                 // SAFETY: the arena is the round's own, and nothing refers to it.
                 let moved = unsafe { libc::mremap(from as *mut libc::c_void, len, new_len, flags, target) };

@@ -38,7 +38,7 @@ const PATIENCE: &str = "KIOMAP_CHAOS_PATIENCE";
 /// A step takes milliseconds, on a machine that is busy elsewhere perhaps a second.
 const PATIENT: u64 = 25;
 /// While a failure is shrunk, many candidates may hang.
-const IMPATIENT: u64 = 5;
+const IMPATIENT: u64 = 2;
 /// A round takes a few seconds at the most; it says itself where it hangs, a little before this.
 const ROUND: Duration = Duration::from_secs(100);
 /// What a round says when it has found something.

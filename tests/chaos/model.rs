@@ -81,6 +81,30 @@ impl AddressSpace {
         self.cells.extend(moved.into_iter().map(|(page, cell)| (page - from.start + to, cell)));
     }
 
+    /// Makes an area that ends at `end` longer.
+    pub(crate) fn grow(&mut self, end: usize, new_end: usize) {
+        let Some(&Cell::Page { vmap, pgoff, area, region, access, writable, inherit }) = self.cells.get(&(end - 1))
+        else {
+            return;
+        };
+        let more = (end..new_end).zip(pgoff + 1..);
+        self.cells.extend(
+            more.map(|(page, pgoff)| (page, Cell::Page { vmap, pgoff, area, region, access, writable, inherit })),
+        );
+    }
+
+    /// Maps a whole area a second time.
+    pub(crate) fn double(&mut self, area: Range<usize>, to: usize) {
+        let second = self.new_area();
+        let pages: Vec<(usize, Cell)> = self.cells.range(area.clone()).map(|(&page, &cell)| (page, cell)).collect();
+        for (page, mut cell) in pages {
+            if let Cell::Page { area, .. } = &mut cell {
+                *area = second;
+            }
+            self.cells.insert(page - area.start + to, cell);
+        }
+    }
+
     /// What a forked child has: what is inherited, with the access that it was attached with.
     pub(crate) fn forked(&self) -> AddressSpace {
         let mut child = self.clone();

@@ -178,7 +178,7 @@ fn watch(now: &Arc<Mutex<(Instant, String)>>, patience: Duration) {
         // It has its name by now.
         let _ = started.send(());
         loop {
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(Duration::from_millis(100));
             let (since, what) = now.lock().unwrap().clone();
             if since.elapsed() > patience {
                 crate::support::tell(&format!("chaos: found: {what}: hangs\n{}", who_waits()));
@@ -478,8 +478,9 @@ impl Round {
                 if from.is_empty() || from.start < target.end && target.start < from.end {
                     return Ok(());
                 }
-                let len = addr_of(from.len());
-                let job = Job::Remap { from: addr_of(from.start), len, new_len: len, to: Some(addr_of(target.start)) };
+                let (len, flags) = (addr_of(from.len()), libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+                let job =
+                    Job::Remap { from: addr_of(from.start), len, new_len: len, flags, to: Some(addr_of(target.start)) };
                 match self.ask(process, job)? {
                     Answer::Value(addr) if addr as usize == addr_of(target.start) => {
                         self.space(process).remap(from, target.start);
@@ -495,7 +496,7 @@ impl Round {
                     return Ok(());
                 }
                 let (from, len, kept) = (addr_of(run.start), addr_of(run.len()), run.len() - by);
-                match self.ask(process, Job::Remap { from, len, new_len: addr_of(kept), to: None })? {
+                match self.ask(process, Job::Remap { from, len, new_len: addr_of(kept), flags: 0, to: None })? {
                     Answer::Value(addr) if addr as usize == from => {
                         self.space(process).unmap(run.start + kept..run.end);
                         Ok(())
@@ -503,6 +504,8 @@ impl Round {
                     other => Err(format!("{other:?}")),
                 }
             }
+            &Op::Grow { process, at, by } => self.grow(process, at, by),
+            &Op::Double { process, at, to } => self.double(process, at, to),
             &Op::Protect { process, at, pages, access: wanted } => {
                 let (Some(state), Some(range)) = (self.process(process), Self::range(at, pages)) else { return Ok(()) };
                 let run = state.space.run_at(range);
@@ -574,6 +577,72 @@ impl Round {
             Op::Check => self.check(),
             Op::Storm(storm) => self.storm(storm),
         }
+    }
+
+    /// The whole area around a page of the arena, if it has one access, and is of the only region that shows its vmap:
+    /// what `mremap` adds without an event is then known to be of that region.
+    fn lone_area(&self, process: usize, at: usize) -> Option<std::ops::Range<usize>> {
+        let cells = &self.process(process)?.space.cells;
+        let &Cell::Page { vmap, area, region, .. } = cells.get(&page_of(at))? else { return None };
+        let of_area = |cell: &Cell| cell.area() == Some(area);
+        let start = *cells.iter().find(|(_, cell)| of_area(cell))?.0;
+        let end = *cells.iter().rfind(|(_, cell)| of_area(cell))?.0 + 1;
+        // A neighbour that shows the pages before or after would be taken for the same area.
+        let alone = cells.iter().all(|(&page, cell)| match *cell {
+            Cell::Page { vmap: v, area: a, region: r, .. } if v == vmap => {
+                r == region && (a == area || page + 1 != start && page != end)
+            }
+            _ => true,
+        });
+        let run = self.process(process)?.space.run_at(start..end);
+        (alone && run == (start..end)).then_some(run)
+    }
+
+    /// Grows an area in place, and touches what it got.
+    fn grow(&mut self, process: usize, at: usize, by: usize) -> Outcome {
+        let Some(area) = self.lone_area(process, at) else { return Ok(()) };
+        let new_end = (area.end + by).min(page_of(ARENA));
+        let free = |cells: &std::collections::BTreeMap<usize, Cell>| cells.range(area.end..new_end).next().is_none();
+        if new_end <= area.end || !self.process(process).is_some_and(|process| free(&process.space.cells)) {
+            return Ok(());
+        }
+        // The kernel tells of it by a fault only. A part in which no page is missing goes with its region, and no more
+        // than that is promised of it.
+        let Some(Cell::Page { vmap, pgoff, .. }) = self.cell(process, area.start - page_of(0)) else { return Ok(()) };
+        let missing = |pgoff: u64| {
+            let state = self.vmaps[vmap].as_ref().and_then(|vmap| vmap.pages.get(pgoff as usize));
+            state.is_some_and(|page| !page.given || page.resident == Resident::No)
+        };
+        if !(pgoff + area.len() as u64..pgoff + (new_end - area.start) as u64).any(missing) {
+            return Ok(());
+        }
+        let (from, len, new_len) = (addr_of(area.start), addr_of(area.len()), addr_of(new_end - area.start));
+        let answer = self.ask(process, Job::Remap { from, len, new_len, flags: 0, to: None })?;
+        ensure!(answer == Answer::Value(from as u64), "{answer:?}");
+        self.space(process).grow(area.end, new_end);
+        self.look(process, area.end..new_end)
+    }
+
+    /// Moves an area and leaves its old range as it is, so that both show its pages.
+    fn double(&mut self, process: usize, at: usize, to: usize) -> Outcome {
+        let Some(area) = self.lone_area(process, at) else { return Ok(()) };
+        let Some(target) = Self::range(to, area.len()).filter(|target| target.len() == area.len()) else {
+            return Ok(());
+        };
+        // Apart from everything else, so that neither range goes on where another ends.
+        let around = target.start - 1..target.end + 1;
+        let free = self.process(process).is_some_and(|process| process.space.cells.range(around).next().is_none());
+        if !free {
+            return Ok(());
+        }
+        let (from, len) = (addr_of(area.start), addr_of(area.len()));
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let answer =
+            self.ask(process, Job::Remap { from, len, new_len: len, flags, to: Some(addr_of(target.start)) })?;
+        ensure!(answer == Answer::Value(addr_of(target.start) as u64), "{answer:?}");
+        self.space(process).double(area.clone(), target.start);
+        self.look(process, area)?;
+        self.look(process, target)
     }
 
     fn space(&mut self, process: usize) -> &mut AddressSpace {
@@ -939,18 +1008,24 @@ impl Round {
         truth::assert_truth(self.engine());
         for process in 0..PROCESSES {
             let Some(state) = self.process(process) else { continue };
-            for (range, cell) in state.space.runs() {
-                let job =
-                    Job::Look { addr: addr_of(range.start), pages: range.len(), expect: Self::expect(Some(cell)) };
-                let Answer::Saw(saw, why) = self.ask(process, job)? else { return Err("no answer".into()) };
-                for (page, saw) in range.clone().zip(saw) {
-                    let cell = self.process(process).and_then(|process| process.space.cells.get(&page)).copied();
-                    let why = format!("in process {process} at {:#x} {why}", addr_of(page));
-                    self.judge(cell, saw, false, &why)?;
-                }
+            for (range, _) in state.space.runs() {
+                self.look(process, range)?;
             }
         }
         truth::assert_truth(self.engine());
+        Ok(())
+    }
+
+    /// Touches every page of a run and compares it.
+    fn look(&mut self, process: usize, range: std::ops::Range<usize>) -> Outcome {
+        let cell = self.process(process).and_then(|process| process.space.cells.get(&range.start)).copied();
+        let job = Job::Look { addr: addr_of(range.start), pages: range.len(), expect: Self::expect(cell) };
+        let Answer::Saw(saw, why) = self.ask(process, job)? else { return Err("no answer".into()) };
+        for (page, saw) in range.clone().zip(saw) {
+            let cell = self.process(process).and_then(|process| process.space.cells.get(&page)).copied();
+            let why = format!("in process {process} at {:#x} {why}", addr_of(page));
+            self.judge(cell, saw, false, &why)?;
+        }
         Ok(())
     }
 

@@ -189,6 +189,18 @@ pub(crate) enum Op {
         pages: usize,
         by: usize,
     },
+    /// Grows an area in place.
+    Grow {
+        process: usize,
+        at: usize,
+        by: usize,
+    },
+    /// Moves an area and leaves the old range mapped (`MREMAP_DONTUNMAP`).
+    Double {
+        process: usize,
+        at: usize,
+        to: usize,
+    },
     Protect {
         process: usize,
         at: usize,
@@ -506,6 +518,8 @@ impl Generator {
             Kind::Unmap => Op::Unmap { process, at, pages },
             Kind::Foreign => Op::Foreign { process, at, pages, byte: 1 + value as u8 % 255 },
             Kind::Move if self.chance(4) => Op::Shrink { process, at, pages: pages + 1, by: 1 + self.below(pages) },
+            Kind::Move if self.chance(5) => Op::Grow { process, at, by: pages },
+            Kind::Move if self.chance(5) => Op::Double { process, at, to: self.below(ARENA) },
             Kind::Move => {
                 let to = if self.chance(3) { self.spot().1 } else { self.below(ARENA) };
                 if self.chance(2) {
