@@ -19,6 +19,18 @@ pub(crate) const ARENA: usize = 320;
 pub(crate) struct Settings {
     pub(crate) around: usize,
     pub(crate) workers: usize,
+    pub(crate) end: End,
+}
+
+/// How a round ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum End {
+    /// Processes are killed, regions dropped, then the engine.
+    Clean,
+    /// The engine is shut down while all of it is there: what is missing is SIGBUS.
+    Poison,
+    /// The same, after everything that can be had was filled.
+    Fill,
 }
 
 /// A round: settings, and what is done one after the other.
@@ -311,7 +323,9 @@ pub(crate) fn generate(seed: u64, round: u64) -> Script {
     for _ in 0..8 {
         rng.next();
     }
-    let settings = Settings { around: pick(&mut rng, &[1, 1, 2, 4, 16, 64, 512]), workers: 1 + rng.below(3) as usize };
+    let end = pick(&mut rng, &[End::Clean, End::Poison, End::Fill]);
+    let settings =
+        Settings { around: pick(&mut rng, &[1, 1, 2, 4, 16, 64, 512]), workers: 1 + rng.below(3) as usize, end };
     let nr_ops = pick(&mut rng, &[60, 120, 250, 400]);
     // Each round likes other operations.
     let weights: Vec<u64> = KINDS.iter().map(|&(_, weight)| weight * pick(&mut rng, &[0, 1, 1, 2, 4])).collect();
@@ -353,6 +367,7 @@ enum Kind {
     Unmap,
     Foreign,
     Move,
+    Second,
     Protect,
     Advise,
     Remove,
@@ -375,6 +390,7 @@ const KINDS: &[(Kind, u64)] = &[
     (Kind::Unmap, 10),
     (Kind::Foreign, 4),
     (Kind::Move, 8),
+    (Kind::Second, 8),
     (Kind::Protect, 6),
     (Kind::Advise, 6),
     (Kind::Remove, 5),
@@ -518,8 +534,8 @@ impl Generator {
             Kind::Unmap => Op::Unmap { process, at, pages },
             Kind::Foreign => Op::Foreign { process, at, pages, byte: 1 + value as u8 % 255 },
             Kind::Move if self.chance(4) => Op::Shrink { process, at, pages: pages + 1, by: 1 + self.below(pages) },
-            Kind::Move if self.chance(5) => Op::Grow { process, at, by: pages },
-            Kind::Move if self.chance(5) => Op::Double { process, at, to: self.below(ARENA) },
+            Kind::Second if self.chance(2) => Op::Grow { process, at, by: pages },
+            Kind::Second => Op::Double { process, at, to: self.below(ARENA) },
             Kind::Move => {
                 let to = if self.chance(3) { self.spot().1 } else { self.below(ARENA) };
                 if self.chance(2) {
