@@ -351,7 +351,6 @@ pub(crate) fn generate(seed: u64, round: u64) -> Script {
             ops.push(Op::Check);
         }
     }
-    ops.push(Op::Check);
     Script { settings, ops }
 }
 
