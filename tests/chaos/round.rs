@@ -585,11 +585,15 @@ impl Round {
         }
     }
 
-    /// The whole area around a page of the arena, if it has one access, and is of the only region that shows its vmap:
+    /// The whole area around a page of the arena, if it can be touched, has one access, and is of the only region that shows its vmap:
     /// what `mremap` adds without an event is then known to be of that region.
     fn lone_area(&self, process: usize, at: usize) -> Option<std::ops::Range<usize>> {
         let cells = &self.process(process)?.space.cells;
-        let &Cell::Page { vmap, area, region, .. } = cells.get(&page_of(at))? else { return None };
+        let &Cell::Page { vmap, area, region, access, .. } = cells.get(&page_of(at))? else { return None };
+        // What can't be touched is not looked up: it is known only when it can be.
+        if access == Access::None {
+            return None;
+        }
         let of_area = |cell: &Cell| cell.area() == Some(area);
         let start = *cells.iter().find(|(_, cell)| of_area(cell))?.0;
         let end = *cells.iter().rfind(|(_, cell)| of_area(cell))?.0 + 1;
