@@ -105,3 +105,36 @@ pub(crate) fn write(addr: *mut u8, byte: u8) -> Result<(), Refused> {
     }
     outcome(())
 }
+
+/// Reads the eight bytes at `addr`, a multiple of 8, in one load.
+pub(crate) fn read_word(addr: *const u8) -> Result<u64, Refused> {
+    prepare();
+    let mut word: u64 = 0;
+    let resume = RESUME.with(Cell::as_ptr);
+    // SAFETY: as for `read`.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        asm!("lea {t}, [rip + 3f]", "mov [{r}], {t}", "mov {w}, qword ptr [{a}]", "3:",
+             t = out(reg) _, r = in(reg) resume, a = in(reg) addr, w = inout(reg) word);
+        #[cfg(target_arch = "aarch64")]
+        asm!("adr {t}, 3f", "str {t}, [{r}]", "ldr {w}, [{a}]", "3:",
+             t = out(reg) _, r = in(reg) resume, a = in(reg) addr, w = inout(reg) word);
+    }
+    outcome(word)
+}
+
+/// Writes the eight bytes at `addr`, a multiple of 8, in one store.
+pub(crate) fn write_word(addr: *mut u8, word: u64) -> Result<(), Refused> {
+    prepare();
+    let resume = RESUME.with(Cell::as_ptr);
+    // SAFETY: as for `read`.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        asm!("lea {t}, [rip + 3f]", "mov [{r}], {t}", "mov qword ptr [{a}], {w}", "3:",
+             t = out(reg) _, r = in(reg) resume, a = in(reg) addr, w = in(reg) word);
+        #[cfg(target_arch = "aarch64")]
+        asm!("adr {t}, 3f", "str {t}, [{r}]", "str {w}, [{a}]", "3:",
+             t = out(reg) _, r = in(reg) resume, a = in(reg) addr, w = in(reg) word);
+    }
+    outcome(())
+}
