@@ -343,9 +343,11 @@ fn masks_among_unmaps_leave_others_memory_alone() {
         file.write_all(&vec![0x77; page_size()]).unwrap();
         for round in 0..300_u64 {
             let region = vmap.attach(&AttachOptions::new()).unwrap();
+            let started = AtomicBool::new(false);
             let foreign = std::thread::scope(|scope| {
-                let region = &region;
+                let (region, started) = (&region, &started);
                 let touching = scope.spawn(move || {
+                    started.store(true, Ordering::Release);
                     for page in 0..PAGES {
                         match read_page(region, page) {
                             Ok(0x77) => {}
@@ -354,6 +356,8 @@ fn masks_among_unmaps_leave_others_memory_alone() {
                         }
                     }
                 });
+                // Its stacks are mapped by then, and don't take the address that is freed below.
+                eventually("the thread has started", || started.load(Ordering::Acquire));
                 (0..round % 50 * 40).for_each(|n| {
                     std::hint::black_box(n);
                 });
@@ -366,8 +370,8 @@ fn masks_among_unmaps_leave_others_memory_alone() {
                     libc::mmap(here.cast(), page_size(), libc::PROT_READ, flags, file.as_raw_fd(), 0)
                 };
                 if foreign == libc::MAP_FAILED {
-                    // Another thread's stack, say.
-                    touching.join().unwrap();
+                    // Somebody else's memory, of whose bytes nothing is known.
+                    let _ = touching.join();
                     return None;
                 }
                 touching.join().unwrap();
