@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kiomap::{Engine, OpenWay, Revoke, Shutdown, page_size};
+use kiomap::{Engine, Features, OpenWay, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
 
 use crate::lists::build;
 use crate::local::{Answer, Expect, Job, Local, Saw};
 use crate::model::{AddressSpace, Cell};
-use crate::script::{ARENA, Access, Advice, End, Op, PAGES, PROCESSES, Script, Settings, Storm, VMAPS};
+use crate::script::{ARENA, Access, Advice, End, Op, PAGES, PROCESSES, Part, Script, Settings, Storm, VMAPS};
 use crate::sheet::{Avail, Sheet};
 use crate::storm::{LANES_EACH, Run, StormJob, allowed};
 use crate::support::scene::Rng;
@@ -385,6 +385,12 @@ impl Round {
 
     fn step(&mut self, op: &Op) -> Outcome {
         match op {
+            // Without UFFDIO_POISON a page that can't be had is a mapping of its own, and mremap moves one mapping.
+            Op::Move { .. } | Op::Double { .. } | Op::Grow { .. } | Op::Shrink { .. }
+                if !self.engine().features().contains(Features::POISON) =>
+            {
+                Ok(())
+            }
             Op::Vmap { vmap, parts, expandable } => self.new_vmap(*vmap, parts, *expandable),
             &Op::Attach { process, region, vmap, pgoff, pages, at, writable, inherit } => {
                 self.attach(process, region, vmap, pgoff, pages, at, writable, inherit)
@@ -402,6 +408,8 @@ impl Round {
                 }
                 Ok(())
             }
+            // Without thread ids nothing is looked up: what mremap adds without an event stays SIGBUS.
+            Op::Double { .. } | Op::Grow { .. } if !self.engine().features().contains(Features::THREAD_ID) => Ok(()),
             &Op::Read { process, at, word } => {
                 if self.process(process).is_none() || at >= ARENA {
                     return Ok(());
@@ -663,11 +671,21 @@ impl Round {
         self.vmaps.get(vmap).is_some_and(|state| state.as_ref().is_some_and(|state| state.handle))
     }
 
-    fn new_vmap(&mut self, vmap: usize, parts: &[crate::script::Part], expandable: bool) -> Outcome {
+    /// The parts, without sources where the kernel can't serve them.
+    fn possible(&self, parts: &[Part]) -> Vec<Part> {
+        let sources = self.engine().features().contains(Features::THREAD_ID);
+        let possible = |&part: &Part| match part {
+            Part::Source { pages, .. } if !sources => Part::Zero { pages },
+            part => part,
+        };
+        parts.iter().map(possible).collect()
+    }
+
+    fn new_vmap(&mut self, vmap: usize, parts: &[Part], expandable: bool) -> Outcome {
         if vmap >= VMAPS || self.vmaps[vmap].is_some() {
             return Ok(());
         }
-        let (list, given) = build(vmap, 0, parts);
+        let (list, given) = build(vmap, 0, &self.possible(parts));
         let derefs = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&derefs);
         let mut builder = self.engine().vmap_builder(&list).on_deref(move |_| {
@@ -697,7 +715,7 @@ impl Round {
         self.update(vmap);
     }
 
-    fn expand(&mut self, vmap: usize, parts: &[crate::script::Part]) -> Outcome {
+    fn expand(&mut self, vmap: usize, parts: &[Part]) -> Outcome {
         if !self.has_handle(vmap) {
             return Ok(());
         }
@@ -706,7 +724,7 @@ impl Round {
         if state.pages.len() + more > PAGES {
             return Ok(());
         }
-        let (tail, given) = build(vmap, state.pages.len() as u64, parts);
+        let (tail, given) = build(vmap, state.pages.len() as u64, &self.possible(parts));
         let outcome = self.local.vmaps[&vmap].expand(&tail);
         ensure!(outcome.is_ok() == state.expandable, "{outcome:?}");
         if outcome.is_ok() {
