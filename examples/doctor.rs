@@ -25,14 +25,14 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 use serde::Serialize;
 
-/// The features that the engine enables. Their absence is the kernel's age, and no knob helps.
-const NEEDED: [Features; 6] = [
-    Features::EVENT_REMAP,
-    Features::EVENT_REMOVE,
-    Features::EVENT_UNMAP,
-    Features::MISSING_SHMEM,
-    Features::THREAD_ID,
-    Features::POISON,
+/// The features that the engine can't do without. Their absence is the kernel's age, and no knob helps.
+const NEEDED: [Features; 4] =
+    [Features::EVENT_REMAP, Features::EVENT_UNMAP, Features::MISSING_SHMEM, Features::MINOR_SHMEM];
+/// The features that the engine uses where they are there, and what is without them.
+const USED: [(Features, &str); 3] = [
+    (Features::EVENT_REMOVE, "nothing changes"),
+    (Features::THREAD_ID, "lists with a page source are refused"),
+    (Features::POISON, "pages that can't be had are masked, which is slower"),
 ];
 /// The self-test's steps, in order: one that is not reported is the one that did not end.
 const STEPS: [&str; 8] =
@@ -89,6 +89,8 @@ struct Feature {
     since: &'static str,
     offered: bool,
     needed: bool,
+    /// What is when the engine has to do without it.
+    without: Option<&'static str>,
 }
 
 /// What memory of a kind answers to.
@@ -169,7 +171,11 @@ fn machine() -> Result<Vec<Fact>> {
         _ => "unknown".to_owned(),
     };
     Ok(vec![
-        fact("kernel", uname.release().to_string_lossy().into_owned(), "Linux 6.6 has all that the engine needs"),
+        fact(
+            "kernel",
+            uname.release().to_string_lossy().into_owned(),
+            "5.14 is the oldest; 6.6 has all that the engine uses",
+        ),
         fact("architecture", uname.machine().to_string_lossy().into_owned(), ""),
         fact("page size", format!("{} bytes", page_size()), ""),
         fact("processors", std::thread::available_parallelism()?.to_string(), ""),
@@ -207,12 +213,17 @@ fn features(missing: &mut Vec<Missing>) -> Vec<Feature> {
     let features = Features::ALL.iter().map(|known| {
         let offered = found.features.contains(known.flag);
         let needed = NEEDED.contains(&known.flag);
+        let without = USED.iter().find(|(used, _)| *used == known.flag).map(|(_, without)| *without);
         if !offered {
-            let needed = if needed { ", which the engine needs" } else { "" };
+            let needed = match without {
+                _ if needed => ", which the engine needs".to_owned(),
+                Some(without) => format!(" ({without})"),
+                None => String::new(),
+            };
             let knob = format!("boot Linux {} or later", known.since);
             missing.push(Missing { what: format!("{}{needed}", known.name), knob });
         }
-        Feature { name: known.name, since: known.since, offered, needed }
+        Feature { name: known.name, since: known.since, offered, needed, without }
     });
     features.collect()
 }
@@ -252,7 +263,11 @@ fn limits(missing: &mut Vec<Missing>) -> Result<Vec<Fact>> {
         missing.push(Missing { what, knob: "raise `ulimit -n`".to_owned() });
     }
     let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).context("getrlimit(RLIMIT_MEMLOCK)")?;
-    add("RLIMIT_MEMLOCK", limit(soft, hard, bytes), "the engine locks no memory".to_owned());
+    add(
+        "RLIMIT_MEMLOCK",
+        limit(soft, hard, bytes),
+        "the length of each region that is to be locked counts, in each process".to_owned(),
+    );
     let (soft, hard) = getrlimit(Resource::RLIMIT_NPROC).context("getrlimit(RLIMIT_NPROC)")?;
     let note = "threads of this user; an engine has 7, each forked process 1 more";
     add("RLIMIT_NPROC", limit(soft, hard, shown), note.to_owned());
@@ -474,8 +489,12 @@ fn text(report: &Report) -> String {
     }
     let features = report.features.iter();
     lines.extend(features.map(|feature| {
-        let needed = if feature.needed { "the engine needs it" } else { "" };
-        format!("  {:<32}{:<8}{:<5}{needed}", feature.name, feature.since, yes(feature.offered))
+        let use_of_it = match feature.without {
+            _ if feature.needed => "the engine needs it".to_owned(),
+            Some(without) => format!("the engine uses it; without: {without}"),
+            None => String::new(),
+        };
+        format!("  {:<32}{:<8}{:<5}{use_of_it}", feature.name, feature.since, yes(feature.offered))
     }));
 
     lines.extend(["", "What memory answers to, registered for missing pages"].map(str::to_owned));
