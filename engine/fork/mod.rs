@@ -8,7 +8,8 @@
 //!   of a new socket pair, the child's lifeline. From here on the child's end, whenever and however it comes, even if
 //!   the fork fails, is a hang-up.
 //! - *child*: maps the areas at their addresses, registers them with a userfaultfd of its own, sends that over its
-//!   lifeline, and starts a guard.
+//!   lifeline, and starts a guard. What other threads of the parent have put into the place of an area meanwhile stays,
+//!   and the engine takes it out of the child's list.
 //! - *parent*: closes the child's end of the lifeline.
 //!
 //! A child of a raw `clone` or `vfork` runs no handlers: it has no mapping of a region, rather than a wrong one.
@@ -17,6 +18,7 @@ pub(crate) mod guard;
 pub(crate) mod link;
 pub(crate) mod masks;
 pub(crate) mod records;
+mod taken;
 pub(crate) mod wire;
 
 use std::cell::RefCell;
@@ -29,10 +31,11 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use crate::page::page_size;
 use crate::process::ledger::{self, Ledger, Private};
-use crate::process::mapping::{self, Mapping, Placement};
+use crate::process::mapping::{Mapping, Placement};
 use crate::process::{close_gate, descend, gate, open_pidfd};
 use crate::runtime::call::call;
 use crate::runtime::children::{fork_space, inherited_areas};
+use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role, spawn_in_child};
 use crate::space::mmap_vec::MmapVec;
@@ -41,6 +44,7 @@ use crate::sys::{MsgBuffer, Userfault};
 use crate::{Error, Result};
 use link::{Lifeline, Local};
 use records::read_records;
+use taken::Taken;
 use wire::{Ask, Reply};
 
 /// Messages that a guard reads at once.
@@ -86,6 +90,9 @@ struct Prepared {
     shared: Arc<EngineShared>,
     /// The areas that it inherits, or would if it could.
     records: MmapVec<AreaRecord>,
+    /// In the child: what of their addresses is somebody else's, once all others are reserved.
+    taken: Taken,
+    reserved: std::result::Result<(), Errno>,
     /// The child's end of its lifeline; why it can't be served if there is none.
     lifeline: Result<OwnedFd>,
 }
@@ -130,22 +137,23 @@ extern "C" fn parent() {
 
 extern "C" fn child() {
     let _ = catch_unwind(AssertUnwindSafe(|| {
-        let Some(Held { mut ledger, _gate: gate, prepared }) = HELD.take() else { return };
+        let Some(Held { mut ledger, _gate: gate, mut prepared }) = HELD.take() else { return };
         descend();
         ledger.close_all();
         // No other thread is here that the locks would keep away.
         drop(ledger);
         drop(gate);
         // Before anything else is mapped, by the allocator or for a thread's stack, of this engine or of another.
-        let prepared = prepared.into_iter().map(|prepared| (reserve_all(&prepared.records), prepared));
-        for (reserved, Prepared { shared, records, lifeline }) in prepared.collect::<Vec<_>>() {
-            let local = match lifeline.and_then(|lifeline| reattach(&shared, &records, lifeline, reserved)) {
+        prepared.iter_mut().for_each(Prepared::reserve);
+        for mut prepared in prepared {
+            let lifeline = std::mem::replace(&mut prepared.lifeline, Err(Error::Shutdown));
+            let local = match lifeline.and_then(|lifeline| reattach(&prepared, lifeline)) {
                 Ok(local) => local,
                 Err(error) => Local::Lost { why: error.to_string() },
             };
-            shared.become_child(local);
+            prepared.shared.become_child(local);
             // Its last reference may be ours, and its threads are not here: nothing of it may be torn down.
-            std::mem::forget(shared);
+            std::mem::forget(prepared.shared);
         }
     }));
 }
@@ -153,14 +161,18 @@ extern "C" fn child() {
 impl Prepared {
     /// In the parent, before the fork.
     fn new(shared: Arc<EngineShared>) -> Prepared {
-        match inherit(&shared) {
-            Ok((records, lifeline)) => Prepared { shared, records, lifeline: Ok(lifeline) },
+        let (records, lifeline) = match inherit(&shared) {
+            Ok((records, lifeline)) => (records, Ok(lifeline)),
             // At least their addresses stay free of anything else. When the engine is gone, nobody knows them.
-            Err(why) => {
-                let records = would_inherit(&shared).unwrap_or_else(|_| MmapVec::new());
-                Prepared { shared, records, lifeline: Err(why) }
-            }
-        }
+            Err(why) => (would_inherit(&shared).unwrap_or_else(|_| MmapVec::new()), Err(why)),
+        };
+        Prepared { shared, records, taken: Taken::new(), reserved: Ok(()), lifeline }
+    }
+
+    /// In the child: keeps the addresses of its areas from being used for something else. A pointer into them must not
+    /// meet foreign bytes, whether the areas can be mapped or not.
+    fn reserve(&mut self) {
+        self.reserved = self.taken.reserve_around(&self.records);
     }
 }
 
@@ -217,17 +229,15 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<(MmapVec<AreaRecord>, OwnedFd)>
 
 /// In the child: maps and registers what it inherits, starts the guard, greets the engine. All or nothing: when any
 /// step fails the engine is told so, takes the count back, and the child has none of the areas.
-fn reattach(
-    shared: &Arc<EngineShared>,
-    records: &[AreaRecord],
-    lifeline: OwnedFd,
-    reserved: std::result::Result<(), Errno>,
-) -> Result<Local> {
+fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
+    let Prepared { shared, records, taken, reserved, .. } = prepared;
     let socket = Arc::new(ledger::lock().adopt(lifeline));
     let lifeline = Lifeline::new(Arc::clone(&socket));
     let pid = nix::unistd::getpid().as_raw();
-    let attempt =
-        reserved.map_err(Error::sys("reserving the addresses of the areas")).and_then(|()| map_all(shared, records));
+    let attempt = reserved
+        .map_err(Error::sys("reserving the addresses of the areas"))
+        .and_then(|()| tell_taken(&lifeline, taken))
+        .and_then(|()| map_all(shared, records, taken));
     let outcome = attempt.and_then(|mut attached| {
         let pidfd = open_pidfd(pid)?;
         let (masks, orders) = if shared.poisons() {
@@ -269,14 +279,20 @@ fn reattach(
     }
 }
 
-/// Keeps the addresses of a child's areas from being used for something else: a pointer into them must not meet foreign
-/// bytes, whether the areas can be mapped or not.
-fn reserve_all(records: &[AreaRecord]) -> std::result::Result<(), Errno> {
-    let mut outcome = Ok(());
-    for record in records {
-        outcome = outcome.and(mapping::reserve(record.start as usize, record.len as usize));
+/// In the child: has the engine take out of its list what is somebody else's.
+///
+/// # Errors
+///
+/// Where it is no longer the parent's area, a thread of the parent has put something there. Where it is, that was done
+/// in the child: an area of which nobody knows that a part is missing would show foreign bytes.
+fn tell_taken(lifeline: &Lifeline, taken: &Taken) -> Result<()> {
+    for &(start, end) in taken.as_slice() {
+        let mut patience = Patience::new();
+        while let (Reply::Later, _) = lifeline.ask(Ask::Taken { start: start as u64, end: end as u64 }, None)? {
+            patience.wait()?;
+        }
     }
-    outcome
+    Ok(())
 }
 
 /// A child's areas, mapped and registered.
@@ -299,11 +315,11 @@ impl Drop for Reattached {
     }
 }
 
-fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord]) -> Result<Reattached> {
+fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], taken: &Taken) -> Result<Reattached> {
     let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
     let mut attached =
         Reattached { uffd: Arc::new(uffd), mappings: Vec::with_capacity(records.len()), unlocked: Vec::new() };
-    for record in records {
+    for record in records.iter().flat_map(|record| taken.free_of(record)) {
         let vmap =
             shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
         let (start, len) = (record.start as usize, record.len as usize);

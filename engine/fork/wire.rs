@@ -45,6 +45,8 @@ pub(crate) enum Ask {
     Fork,
     /// "Which areas would a child of mine inherit?", after the first `skip`. Needs no descriptor.
     Inherited { skip: u64 },
+    /// "I can't have this range of my areas: something else lies there." Before the greeting.
+    Taken { start: u64, end: u64 },
 }
 
 /// What the engine answers.
@@ -80,6 +82,7 @@ impl Ask {
             Ask::LookUp { addr } => words(8, &[addr]),
             Ask::Inherited { skip } => words(9, &[skip]),
             Ask::Masks => words(10, &[]),
+            Ask::Taken { start, end } => words(11, &[start, end]),
         }
     }
 
@@ -95,6 +98,7 @@ impl Ask {
             8 => Ask::LookUp { addr: w[2] },
             9 => Ask::Inherited { skip: w[2] },
             10 => Ask::Masks,
+            11 => Ask::Taken { start: w[2], end: w[3] },
             _ => return None,
         })
     }
@@ -277,6 +281,7 @@ mod tests {
             Ask::LookUp { addr: 1 << 40 },
             Ask::Inherited { skip: 4 },
             Ask::Masks,
+            Ask::Taken { start: 1 << 40, end: 1 << 41 },
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();

@@ -168,6 +168,12 @@ pub(crate) fn is_mapped(addr: usize) -> bool {
     unsafe { libc::mincore(addr as *mut libc::c_void, page_size(), &raw mut resident) == 0 }
 }
 
+/// Tells whether every page of a range is mapped, in one call.
+pub(crate) fn is_all_mapped(addr: usize, len: usize) -> bool {
+    // SAFETY: MS_ASYNC does nothing (since Linux 2.6.19) but look whether all of the range is mapped.
+    unsafe { libc::msync(addr as *mut libc::c_void, len, libc::MS_ASYNC) == 0 }
+}
+
 /// Unmaps a range that is known to be ours.
 pub(crate) fn unmap(addr: usize, len: usize) -> Result<()> {
     let pointer = NonNull::new(addr as *mut libc::c_void).ok_or(Error::sys("munmap")(Errno::EINVAL))?;

@@ -37,6 +37,14 @@ pub(crate) enum NotEntered {
     Changing(#[expect(dead_code, reason = "dropped by the asker")] Area<Target>),
 }
 
+/// Why a range was not taken out of a child's areas.
+pub(crate) enum NotCut {
+    /// Its parent's address space is changing: to be asked again.
+    Changing,
+    /// `EEXIST`: it is the parent's area still. `ESRCH`: one of both is gone. `ENOMEM`. `EINVAL`.
+    Refused(Errno),
+}
+
 /// An address space is changing: what was asked can't be said now, but soon.
 pub(crate) struct Changing;
 
@@ -58,6 +66,9 @@ pub(crate) enum Command {
     Fork { parent: SpaceId, child: Arc<SpaceCounters>, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
     /// Tells the areas that a child of a space would inherit, from the `skip`ped on, `most` of them.
     Inherited { parent: SpaceId, skip: usize, most: usize, records: MmapVec<AreaRecord>, reply: Ticket<Forked> },
+    /// Takes a range out of the areas of a child that has not greeted yet: something else lies there since the fork, and
+    /// its parent has no longer got it either.
+    Cut { space: SpaceId, start: usize, end: usize, reply: Ticket<Result<(), NotCut>> },
     /// Gives a child's space its userfaultfd, and the socket to order masks by if it needs them. The asker keeps both.
     Adopt {
         space: SpaceId,

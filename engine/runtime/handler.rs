@@ -13,14 +13,14 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::bell::{Bell, EpollFd};
-use super::command::{Changing, Command, Forked, NotEntered, Post, ReadBuffer, ReadDone, ReadJob};
+use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadBuffer, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
 use super::strays::{Finding, Held, Strays, adopt};
 use super::workers::WorkerIds;
-use crate::page::{page_floor, page_size};
+use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, AreaTable, Change};
@@ -106,6 +106,7 @@ impl Handler {
         let mut spaces = MmapVec::new();
         let own = Space {
             id: OWN_SPACE,
+            parent: OWN_SPACE,
             uffd: Some(parts.uffd),
             masks: None,
             table: AreaTable::new(),
@@ -493,8 +494,8 @@ impl Handler {
             Command::Left => self.leavers -= 1,
             Command::Overlap { start, end, reply } => {
                 let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index]);
-                let mut areas = own.into_iter().flat_map(|own| own.table.iter());
-                let hit = areas.find(|area| area.start < end && start < area.end).map(|area| area.start.max(start));
+                let mut areas = own.into_iter().flat_map(|own| own.table.overlapping(start, end));
+                let hit = areas.next().map(|area| area.start.max(start));
                 // As for a new area: the one that was hit may have ended, and the addresses be somebody else's.
                 let unsure = hit.is_some() && own.is_some_and(is_changing);
                 reply.answer(if unsure { Err(Changing) } else { Ok(hit) });
@@ -509,6 +510,7 @@ impl Handler {
                 let outcome = wanted.try_for_each(|area| records.try_push(AreaRecord::of(area)));
                 reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
+            Command::Cut { space, start, end, reply } => reply.answer(self.cut(space, start, end)),
             Command::Adopt { space, uffd, masks, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
@@ -580,11 +582,11 @@ impl Handler {
     /// Makes the space of a child: every area that it inherits, counted from now on.
     fn fork(
         &mut self,
-        parent: SpaceId,
+        parent_id: SpaceId,
         child: Arc<SpaceCounters>,
         records: &mut MmapVec<AreaRecord>,
     ) -> std::result::Result<(), Errno> {
-        let index = self.index_of(parent).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
+        let index = self.index_of(parent_id).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
         let mut table = AreaTable::new();
         self.spaces.try_reserve(1)?;
         let parent = &self.spaces[index].table;
@@ -599,9 +601,37 @@ impl Handler {
             area.target.vmap.open_again();
         }
         child.areas.store(nr_areas as u64, Ordering::Relaxed);
-        let space = Space { id: child.id, uffd: None, masks: None, table, counters: child };
+        let space = Space { id: child.id, parent: parent_id, uffd: None, masks: None, table, counters: child };
         let at = self.spaces.partition_point(|other| other.id < space.id);
         self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
+    }
+
+    /// Takes a range out of a child's areas, as an unmap of it would.
+    fn cut(&mut self, child: SpaceId, start: usize, end: usize) -> std::result::Result<(), NotCut> {
+        let refused = |errno| Err(NotCut::Refused(errno));
+        let Some(index) = self.index_of(child) else { return refused(Errno::ESRCH) };
+        let Some(parent) = self.index_of(self.spaces[index].parent) else { return refused(Errno::ESRCH) };
+        if self.spaces[index].uffd.is_some() || !is_aligned(start) || !is_aligned(end) {
+            return refused(Errno::EINVAL);
+        }
+        let parent = &self.spaces[parent];
+        // What lies there since the fork was reported by then, or will be.
+        if is_changing(parent) {
+            return Err(NotCut::Changing);
+        }
+        let has = |area: &Area<Target>| {
+            let (from, to) = (area.start.max(start), area.end.min(end));
+            parent.table.overlapping(from, to).any(|other| other.region == area.region)
+        };
+        if self.spaces[index].table.overlapping(start, end).any(has) {
+            return refused(Errno::EEXIST);
+        }
+        let Handler { spaces, unsent, .. } = self;
+        let space = &mut spaces[index];
+        unsent.try_reserve(space.table.len() + 1).map_err(NotCut::Refused)?;
+        space.table.unmap(start, end, |change| note(change, unsent)).map_err(NotCut::Refused)?;
+        space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     fn remove(&mut self, space: SpaceId) -> Option<Space> {
@@ -628,19 +658,24 @@ fn is_changing(space: &Space) -> bool {
     space.uffd.as_ref().is_some_and(|uffd| uffd.liveness() == Liveness::Changing)
 }
 
-/// Applies an event of the kernel to a space's table, and tells the keeper what ended.
-fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event: Message, unsent: &mut MmapVec<Post>) {
-    add(&shared.counters.events, 1);
-    let change = |change: Change<Target>| match change {
+/// Counts a change of a table: an area more at once, an area less by the keeper. Room for that is reserved.
+fn note(change: Change<Target>, unsent: &mut MmapVec<Post>) {
+    match change {
         Change::Split(target) => target.vmap.open_again(),
         // Its owner holds what it refers to, and counts it.
         Change::Closed(area) if area.leaving => {}
-        // Room was reserved before the event was read; sent after the batch, in order.
+        // Sent after the batch, in order.
         Change::Closed(area) => {
             let _ = unsent.try_push(Post::Closed(area));
         }
-    };
-    // Room for the splits was reserved too, so the table can't refuse.
+    }
+}
+
+/// Applies an event of the kernel to a space's table, and tells the keeper what ended.
+fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event: Message, unsent: &mut MmapVec<Post>) {
+    add(&shared.counters.events, 1);
+    // Room for both kinds of change was reserved before the event was read, so the table can't refuse.
+    let change = |change| note(change, unsent);
     match event {
         Message::Unmap { start, end } => {
             let _ = space.table.unmap(start, end, change);

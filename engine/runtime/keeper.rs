@@ -16,7 +16,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use super::bell::EpollFd;
 use super::call::Ticket;
 use super::children::{fork_space, inherited_areas};
-use super::command::{Command, Post};
+use super::command::{Command, NotCut, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
@@ -280,6 +280,7 @@ impl Keeper {
                 None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
             },
             Ask::Inherited { skip } => self.inherited(space, skip).map(|reply| (reply, None)),
+            Ask::Taken { start, end } => self.cut(space, start as usize, end as usize).map(|reply| (reply, None)),
             Ask::Fork => self.fork(space, descriptor).map(|memfd| (Reply::Forked, Some(memfd))),
         };
         let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
@@ -403,6 +404,19 @@ impl Keeper {
     fn inherited(&self, space: SpaceId, skip: u64) -> Result<Reply> {
         let records = inherited_areas(&self.shared, space, skip as usize, AREAS_PER_ANSWER)?;
         Ok(Reply::Areas(std::array::from_fn(|n| records.get(n).copied())))
+    }
+
+    /// A child that was just forked can't have a range of its areas.
+    fn cut(&mut self, space: SpaceId, start: usize, end: usize) -> Result<Reply> {
+        match self.shared.handler.ask(|reply| Command::Cut { space, start, end, reply })? {
+            Ok(()) => {
+                // It asks for the count next, perhaps.
+                self.sync()?;
+                Ok(Reply::Done)
+            }
+            Err(NotCut::Changing) => Ok(Reply::Later),
+            Err(NotCut::Refused(errno)) => Err(Error::sys("taking a range out of a child's areas")(errno)),
+        }
     }
 
     /// The child's end of the lifeline is closed: it exited, was killed, called exec, never came to be, or closed a

@@ -38,6 +38,8 @@ pub(crate) struct Target {
 /// One served address space; only the fault-handling thread changes it.
 pub(crate) struct Space {
     pub(crate) id: SpaceId,
+    /// That from which it was forked.
+    pub(crate) parent: SpaceId,
     /// `None` until a forked child has sent its descriptor.
     pub(crate) uffd: Option<Arc<Private<Userfault>>>,
     /// Where a forked child's guard takes orders to mask pages; `None` for the own process, and where nobody needs to.

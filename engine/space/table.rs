@@ -118,6 +118,11 @@ impl<T: Clone> AreaTable<T> {
         self.areas.get_mut(index).filter(|area| area.contains(addr))
     }
 
+    /// Walks over the areas that have an address in `start..end`, by address.
+    pub(crate) fn overlapping(&self, start: usize, end: usize) -> impl Iterator<Item = &Area<T>> {
+        self.areas[self.index_after(start)..].iter().take_while(move |area| area.start < end)
+    }
+
     /// Adds an area.
     ///
     /// # Errors
