@@ -615,16 +615,13 @@ impl Handler {
             return refused(Errno::EINVAL);
         }
         let parent = &self.spaces[parent];
-        // What lies there since the fork was reported by then, or will be.
-        if is_changing(parent) {
-            return Err(NotCut::Changing);
-        }
         let has = |area: &Area<Target>| {
             let (from, to) = (area.start.max(start), area.end.min(end));
             parent.table.overlapping(from, to).any(|other| other.region == area.region)
         };
         if self.spaces[index].table.overlapping(start, end).any(has) {
-            return refused(Errno::EEXIST);
+            // The parent may have lost it before the fork, by an event that is not read yet.
+            return if is_changing(parent) { Err(NotCut::Changing) } else { refused(Errno::EEXIST) };
         }
         let Handler { spaces, unsent, .. } = self;
         let space = &mut spaces[index];
