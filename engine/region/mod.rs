@@ -102,7 +102,8 @@ impl Region {
     }
 
     /// Checks that the region is there in this process: always, except in a forked child that was not to inherit it,
-    /// or could not be connected to the engine.
+    /// could not be connected to the engine, or gave some of the addresses away before the engine's fork handler ran.
+    /// Parts that were unmapped, or mapped over, are not looked for.
     ///
     /// # Errors
     ///
