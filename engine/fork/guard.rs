@@ -193,7 +193,7 @@ fn mask_page(uffd: &Userfault, addr: usize, starved: &mut u32) -> Refused {
 
 /// The mapping of this process that holds an address. It is asked for when no memory may be left, and allocates none.
 fn mapping_at(addr: usize) -> Option<Range<usize>> {
-    let mut maps = File::open("/proc/self/maps").ok()?;
+    let mut maps = File::open("/proc/thread-self/maps").ok()?;
     let mut chunk = [0; 4096];
     // As much of a line as holds its range.
     let (mut line, mut len) = ([0; 40], 0);
