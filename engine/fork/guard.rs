@@ -24,7 +24,7 @@ use crate::sys::{Message, MsgBuffer, Stop, Userfault};
 /// What the guard watches.
 pub(crate) struct Guard {
     pub(crate) lifeline: Arc<Private<OwnedFd>>,
-    pub(crate) owner: OwnedFd,
+    pub(crate) owner: Private<OwnedFd>,
     pub(crate) uffd: Arc<Private<Userfault>>,
     pub(crate) messages: MsgBuffer,
     /// Orders to mask pages come here; `None` where the kernel has poison.
