@@ -18,7 +18,7 @@ use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
-use super::strays::{Finding, Held, Strays, adopt};
+use super::strays::{Finding, Held, Lookup, LookupId, Strays, adopt};
 use super::workers::WorkerIds;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
@@ -265,10 +265,10 @@ impl Handler {
                     if let Some(beside) = beside {
                         for addr in beside {
                             // Without place or room: when it is touched.
-                            if strays.probe(id, addr) == Held::New
-                                && keeper.try_post(Post::Stray { space: id, addr }).is_err()
+                            if let Held::New(lookup) = strays.probe(id, addr)
+                                && keeper.try_post(Post::Stray { space: id, addr, lookup }).is_err()
                             {
-                                strays.take(id, addr);
+                                strays.take(lookup);
                             }
                         }
                     }
@@ -336,23 +336,23 @@ impl Handler {
     /// Has the keeper look a stray's address up; its thread sleeps until then.
     fn look_up(&mut self, fault: Fault) {
         let Fault { space, addr, .. } = fault;
-        let asked = match self.strays.hold(fault) {
-            Held::Known => return,
-            Held::New => self.keeper.try_post(Post::Stray { space, addr }).is_ok(),
-            Held::NoPlace => false,
-        };
-        if !asked && let Some(index) = self.index_of(space) {
+        match self.strays.hold(fault) {
+            Held::Known(_) => return,
+            Held::New(lookup) if self.keeper.try_post(Post::Stray { space, addr, lookup }).is_ok() => return,
+            Held::New(lookup) => drop(self.strays.take(lookup)),
+            Held::NoPlace => {}
+        }
+        if let Some(index) = self.index_of(space) {
             // The thread faults again, and its new message waits in the kernel.
-            self.strays.take(space, addr);
             if let Some(uffd) = &self.spaces[index].uffd {
                 self.resolver.wake(uffd, addr);
             }
         }
     }
 
-    /// Follows what the keeper found at an address, and answers the thread that waits there.
-    fn found(&mut self, id: SpaceId, addr: usize, finding: &Finding) {
-        let Some((fault, untouched)) = self.strays.take(id, addr) else { return };
+    /// Follows what was found at an address, and answers the thread that waits there.
+    fn found(&mut self, lookup: LookupId, finding: &Finding) {
+        let Some(Lookup { space: id, addr, fault, untouched, .. }) = self.strays.take(lookup) else { return };
         let Some(index) = self.index_of(id) else { return };
         let space = &mut self.spaces[index];
         let known = match finding {
@@ -544,10 +544,14 @@ impl Handler {
             }
             Command::Probe { space, addr, reply } => {
                 let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
-                reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
+                let held = if known { Held::NoPlace } else { self.strays.probe(space, addr) };
+                reply.answer(match held {
+                    Held::New(lookup) | Held::Known(lookup) => Some(lookup),
+                    Held::NoPlace => None,
+                });
             }
-            Command::Found { space, addr, finding, reply } => {
-                self.found(space, addr, &finding);
+            Command::Found { lookup, finding, reply } => {
+                self.found(lookup, &finding);
                 if let Some(reply) = reply {
                     reply.answer(());
                 }

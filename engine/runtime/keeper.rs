@@ -20,7 +20,7 @@ use super::command::{Command, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
-use super::strays::{Finding, find};
+use super::strays::{Finding, LookupId, find};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
@@ -153,7 +153,7 @@ impl Keeper {
             match post {
                 Post::Closed(area) => area.target.vmap.close(1),
                 Post::Gone(space) => self.look_after(space),
-                Post::Stray { space, addr } => self.look_up(space, addr),
+                Post::Stray { space, addr, lookup } => self.look_up(space, addr, lookup),
                 // If something is, the thread asks again when it is told of an unmap.
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
@@ -164,17 +164,19 @@ impl Keeper {
 
     /// Looks an address up at which nobody waits; what is there is in the table when this returns.
     fn probe(&self, space: SpaceId, addr: usize) -> Result<()> {
-        if is_aligned(addr) && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })? {
+        if is_aligned(addr)
+            && let Some(lookup) = self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })?
+        {
             let finding = self.find(space, addr);
-            self.shared.handler.ask(|reply| Command::Found { space, addr, finding, reply: Some(reply) })?;
+            self.shared.handler.ask(|reply| Command::Found { lookup, finding, reply: Some(reply) })?;
         }
         Ok(())
     }
 
     /// Looks an address up, and tells the fault-handling thread.
-    fn look_up(&self, space: SpaceId, addr: usize) {
+    fn look_up(&self, space: SpaceId, addr: usize, lookup: LookupId) {
         let finding = self.find(space, addr);
-        self.shared.handler.send(Command::Found { space, addr, finding, reply: None });
+        self.shared.handler.send(Command::Found { lookup, finding, reply: None });
     }
 
     /// Looks an address up in the kernel's own table of a process.
