@@ -41,6 +41,8 @@ pub(crate) enum Ask {
     Refcount { vmap: u64 },
     /// "Look whether this address has become mine without an event."
     LookUp { addr: u64 },
+    /// "This page of mine was unmapped, and no event says so." Not answered.
+    Unmapped { addr: u64 },
     /// "I am about to fork": with the engine's end of the child's lifeline.
     Fork,
     /// "Which areas would a child of mine inherit?", after the first `skip`. Needs no descriptor.
@@ -80,6 +82,7 @@ impl Ask {
             Ask::LookUp { addr } => words(8, &[addr]),
             Ask::Inherited { skip } => words(9, &[skip]),
             Ask::Masks => words(10, &[]),
+            Ask::Unmapped { addr } => words(11, &[addr]),
         }
     }
 
@@ -95,6 +98,7 @@ impl Ask {
             8 => Ask::LookUp { addr: w[2] },
             9 => Ask::Inherited { skip: w[2] },
             10 => Ask::Masks,
+            11 => Ask::Unmapped { addr: w[2] },
             _ => return None,
         })
     }
@@ -277,6 +281,7 @@ mod tests {
             Ask::LookUp { addr: 1 << 40 },
             Ask::Inherited { skip: 4 },
             Ask::Masks,
+            Ask::Unmapped { addr: 1 << 40 },
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();

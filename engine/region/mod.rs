@@ -12,7 +12,7 @@ pub use attach::{AttachOptions, Sharing};
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::page_size;
-use crate::process::{depth, gate, mapping, maps};
+use crate::process::{depth, gate, mapping, maps, mask};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::strays::{Finding, find};
@@ -201,6 +201,7 @@ impl Drop for Region {
                 }
             }
             Local::Child { lifeline, .. } => {
+                mask::settle();
                 // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
                 // the range stays mapped: which parts of it are still ours, only the engine knew.
                 if self.unmap(&local).is_ok() {

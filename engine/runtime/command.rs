@@ -75,6 +75,8 @@ pub(crate) enum Command {
     Probe { space: SpaceId, addr: usize, reply: Ticket<Option<LookupId>> },
     /// Tells what was found at an address.
     Found { lookup: LookupId, finding: Finding, reply: Option<Ticket<()>> },
+    /// A page was unmapped, and no event says so.
+    Unmapped { space: SpaceId, addr: usize },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },

@@ -329,7 +329,8 @@ impl Handler {
             }
             Answer::Gone => self.post(Post::Gone(fault.space)),
             Answer::Stray => self.look_up(fault),
-            Answer::Unmapped => self.unmapped_unseen(fault),
+            Answer::Unmapped if self.unmapped_unseen(fault.space, fault.addr) => {}
+            Answer::Unmapped => self.follow(fault, Answer::Later),
         }
     }
 
@@ -379,16 +380,18 @@ impl Handler {
     }
 
     /// Does what the event of a page's unmap would have done, which the kernel did not report.
-    fn unmapped_unseen(&mut self, fault: Fault) {
-        let Some(index) = self.index_of(fault.space) else { return };
+    /// Answers `false` for want of memory.
+    fn unmapped_unseen(&mut self, space: SpaceId, addr: usize) -> bool {
+        let Some(index) = self.index_of(space) else { return true };
         let Handler { spaces, unsent, shared, .. } = self;
         let space = &mut spaces[index];
-        let Some(uffd) = space.uffd.clone() else { return };
+        let Some(uffd) = space.uffd.clone() else { return true };
         if space.table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
-            return self.follow(fault, Answer::Later);
+            return false;
         }
-        let event = Message::Unmap { start: fault.addr, end: fault.addr + page_size() };
+        let event = Message::Unmap { start: addr, end: addr + page_size() };
         apply_event(shared, space, &uffd, event, unsent);
+        true
     }
 
     fn retry_parked(&mut self) {
@@ -555,6 +558,10 @@ impl Handler {
                 if let Some(reply) = reply {
                     reply.answer(());
                 }
+            }
+            Command::Unmapped { space, addr } => {
+                // Without memory the page stays in the table, as if its process had not told.
+                let _ = self.unmapped_unseen(space, addr);
             }
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {

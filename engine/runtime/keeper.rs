@@ -173,6 +173,16 @@ impl Keeper {
         Ok(())
     }
 
+    /// Tells the fault-handling thread that a page of a child was unmapped, unless it was attached anew since: that is
+    /// entered by this thread, before it can be touched.
+    fn unmapped(&self, space: SpaceId, addr: usize) {
+        let shown = self.open_maps(space).and_then(|maps| maps.find(addr).ok()?);
+        let is_ours = shown.is_some_and(|vma| self.shared.vmaps.id_of(vma.file).is_some());
+        if is_aligned(addr) && !is_ours {
+            self.shared.handler.send(Command::Unmapped { space, addr });
+        }
+    }
+
     /// Looks an address up, and tells the fault-handling thread.
     fn look_up(&self, space: SpaceId, addr: usize, lookup: LookupId) {
         let finding = self.find(space, addr);
@@ -262,6 +272,7 @@ impl Keeper {
                 add(&self.shared.counters.lock_downgrades, nr_unlocked);
                 return self.introduce(space, pid, errno, descriptor);
             }
+            Ask::Unmapped { addr } => return self.unmapped(space, addr as usize),
             Ask::Attach(record) => match self.attach(space, &record) {
                 Ok(Some(reply)) => Ok((reply, None)),
                 Ok(None) => {
