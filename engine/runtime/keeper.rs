@@ -28,7 +28,8 @@ use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::maps::{self, Maps};
 use crate::process::pid_of;
-use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
+use crate::space::table::Area;
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
 use crate::vmap::core::{Caller, Notice, Opened};
@@ -99,6 +100,8 @@ impl Keeper {
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
         self.shared.keeper.is_here();
+        // After a panic: what it was woken for still waits.
+        self.inbox.bell.ring();
         let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
@@ -151,7 +154,7 @@ impl Keeper {
     fn count_posts(&mut self) {
         while let Ok(post) = self.inbox.posts.try_recv() {
             match post {
-                Post::Closed(area) => area.target.vmap.close(1),
+                Post::Closed(area) => self.close(area),
                 Post::Gone(space) => self.look_after(space),
                 Post::Stray { space, addr, lookup } => self.look_up(space, addr, lookup),
                 // If something is, the thread asks again when it is told of an unmap.
@@ -160,6 +163,13 @@ impl Keeper {
                 Post::HandlerEnded => self.ended = true,
             }
         }
+    }
+
+    /// Counts an area down. What its list keeps alive may end with it, by code of the application: a panic of that must
+    /// not keep others from being counted.
+    fn close(&self, area: Area<Target>) {
+        area.target.vmap.close(1);
+        threads::contain(&self.shared, || drop(area));
     }
 
     /// Looks an address up at which nobody waits; what is there is in the table when this returns.
@@ -212,7 +222,7 @@ impl Keeper {
             match request {
                 Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
                 Request::RetryDeferred => self.retry_deferred(),
-                Request::Drop { .. } => {}
+                list @ Request::Drop { .. } => drop(threads::contain(&self.shared, || drop(list))),
                 Request::Settle { reply } => self.settling.push(reply),
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();
@@ -460,11 +470,11 @@ impl Keeper {
             let _ = shutdown(lifeline.as_raw_fd(), Shutdown::Both);
         }
         self.shared.spaces_remove(space);
-        if let Ok(Some(removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
+        if let Ok(Some(mut removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
             // Areas that ended by an event before are among the posts.
             self.count_posts();
-            for area in removed.table.iter() {
-                area.target.vmap.close(1);
+            while let Some(area) = removed.table.pop() {
+                self.close(area);
             }
         }
         drop(peer);
