@@ -169,7 +169,7 @@ impl AreaSnapshot {
 
 /// The kernel's count of waiting threads: those not read, and all.
 fn waiting(uffd: &Userfault) -> Result<(u64, u64)> {
-    let path = format!("/proc/self/fdinfo/{}", uffd.as_raw_fd());
+    let path = format!("/proc/thread-self/fdinfo/{}", uffd.as_raw_fd());
     let text = std::fs::read_to_string(path).map_err(Error::io("read of a userfaultfd's fdinfo"))?;
     let number = |key| text.lines().find_map(|line| line.strip_prefix(key)).and_then(|n| n.trim().parse().ok());
     match (number("pending:"), number("total:")) {

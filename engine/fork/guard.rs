@@ -16,15 +16,17 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::fork::masks;
+use crate::fork::wire::{self, Ask};
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
-use crate::process::mask::{Masked, give_up, mask};
+use crate::process::mask::{self, Masked, give_up, mask};
+use crate::process::try_gate;
 use crate::sys::{Message, MsgBuffer, Stop, Userfault};
 
 /// What the guard watches.
 pub(crate) struct Guard {
     pub(crate) lifeline: Arc<Private<OwnedFd>>,
-    pub(crate) owner: OwnedFd,
+    pub(crate) owner: Private<OwnedFd>,
     pub(crate) uffd: Arc<Private<Userfault>>,
     pub(crate) messages: MsgBuffer,
     /// Orders to mask pages come here; `None` where the kernel has poison.
@@ -39,6 +41,8 @@ enum Refused {
     Done,
     /// To be tried again soon.
     Later,
+    /// It is no page any more, and no event says so.
+    Unmapped,
 }
 
 /// Tries at a mask for which there is no room, a pause after each, before its whole mapping is given up.
@@ -146,8 +150,24 @@ impl Guard {
                 return true;
             }
             order = order.or_else(|| self.orders.as_ref().and_then(|orders| masks::next(orders.as_fd())));
-            order = order.filter(|&addr| mask_page(&self.uffd, addr, &mut self.starved) == Refused::Later);
+            order = order.filter(|&addr| !self.carry_out(addr));
         }
+    }
+
+    /// Carries an order out; answers `false` when it is to be tried again soon.
+    fn carry_out(&mut self, addr: usize) -> bool {
+        let Some(_gate) = try_gate() else { return false };
+        let _masking = mask::begin();
+        match mask_page(&self.uffd, addr, &mut self.starved) {
+            Refused::Later => return false,
+            Refused::Done => {}
+            // The engine must not take what is there from now on for the page. If it is gone, nobody does.
+            Refused::Unmapped if self.lifeline.is_intact() => {
+                let _ = wire::send_ask(self.lifeline.as_fd(), Ask::Unmapped { addr: addr as u64 }, None);
+            }
+            Refused::Unmapped => {}
+        }
+        true
     }
 }
 
@@ -188,12 +208,12 @@ fn mask_page(uffd: &Userfault, addr: usize, starved: &mut u32) -> Refused {
     }
     *starved = 0;
     let _ = uffd.wake(addr, page_size());
-    Refused::Done
+    if masked == Masked::GoneUnseen { Refused::Unmapped } else { Refused::Done }
 }
 
 /// The mapping of this process that holds an address. It is asked for when no memory may be left, and allocates none.
 fn mapping_at(addr: usize) -> Option<Range<usize>> {
-    let mut maps = File::open("/proc/self/maps").ok()?;
+    let mut maps = File::open("/proc/thread-self/maps").ok()?;
     let mut chunk = [0; 4096];
     // As much of a line as holds its range.
     let (mut line, mut len) = ([0; 40], 0);

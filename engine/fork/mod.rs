@@ -248,7 +248,7 @@ fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
         };
         let guard = guard::Guard {
             lifeline: socket,
-            owner: shared.owner_pidfd.try_clone().map_err(Error::io("dup of the owner's pidfd"))?,
+            owner: Private::open(|| shared.owner_pidfd.try_clone()).map_err(Error::io("dup of the owner's pidfd"))?,
             uffd: Arc::clone(&attached.uffd),
             messages: MsgBuffer::new(GUARD_MESSAGES),
             orders,

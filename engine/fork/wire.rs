@@ -41,6 +41,8 @@ pub(crate) enum Ask {
     Refcount { vmap: u64 },
     /// "Look whether this address has become mine without an event."
     LookUp { addr: u64 },
+    /// "This page of mine was unmapped, and no event says so." Not answered.
+    Unmapped { addr: u64 },
     /// "I am about to fork": with the engine's end of the child's lifeline.
     Fork,
     /// "Which areas would a child of mine inherit?", after the first `skip`. Needs no descriptor.
@@ -83,6 +85,7 @@ impl Ask {
             Ask::Inherited { skip } => words(9, &[skip]),
             Ask::Masks => words(10, &[]),
             Ask::Taken { start, end } => words(11, &[start, end]),
+            Ask::Unmapped { addr } => words(12, &[addr]),
         }
     }
 
@@ -99,6 +102,7 @@ impl Ask {
             9 => Ask::Inherited { skip: w[2] },
             10 => Ask::Masks,
             11 => Ask::Taken { start: w[2], end: w[3] },
+            12 => Ask::Unmapped { addr: w[2] },
             _ => return None,
         })
     }
@@ -282,6 +286,7 @@ mod tests {
             Ask::Inherited { skip: 4 },
             Ask::Masks,
             Ask::Taken { start: 1 << 40, end: 1 << 41 },
+            Ask::Unmapped { addr: 1 << 40 },
         ];
         for ask in asks {
             send_ask(a.as_fd(), ask, None).unwrap();

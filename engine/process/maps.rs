@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use super::ledger::Private;
 
@@ -16,8 +17,28 @@ pub(crate) fn open_own() -> io::Result<Maps> {
 }
 
 /// Opens the table of another process.
+///
+/// # Errors
+///
+/// Those of opening, and `ESRCH` when no thread of it has one.
 pub(crate) fn open(pid: libc::pid_t) -> io::Result<Maps> {
-    Private::open(|| File::open(format!("/proc/{pid}/maps"))).map(Maps)
+    let first = Private::open(|| File::open(format!("/proc/{pid}/maps")))?;
+    if !is_empty(&first) {
+        return Ok(Maps(first));
+    }
+    // Its first thread has ended, and would be taken for a process in which nothing is mapped. Others may live.
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let maps = task?.path().join("maps");
+        if let Some(maps) = Private::open(|| File::open(maps)).ok().filter(|maps| !is_empty(maps)) {
+            return Ok(Maps(maps));
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::ESRCH))
+}
+
+fn is_empty(maps: &File) -> bool {
+    // Without moving on, for who reads it afterwards.
+    !maps.read_at(&mut [0], 0).is_ok_and(|read| read > 0)
 }
 
 impl Maps {

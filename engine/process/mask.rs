@@ -11,6 +11,7 @@
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libc::c_void;
 use nix::errno::Errno;
@@ -40,6 +41,20 @@ pub(crate) enum Masked {
     Gone,
     /// It was unmapped in the moment when its unmap was not reported.
     GoneUnseen,
+}
+
+/// Held by a guard from before a mask until the engine is told if its page was unmapped unseen.
+static MASKING: Mutex<()> = Mutex::new(());
+
+/// Begins to mask a page that another process keeps the table of. The caller keeps forks away meanwhile.
+pub(crate) fn begin() -> MutexGuard<'static, ()> {
+    MASKING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until the engine is told of every unmap up to now: what is asked of it after this is answered accordingly. The
+/// caller keeps forks away.
+pub(crate) fn settle() {
+    drop(begin());
 }
 
 /// Masks `len` bytes at `start`, of which a message of `uffd` said that they are missing. For the process itself only.

@@ -10,7 +10,7 @@ use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::{is_aligned, page_size, pages_for};
 use crate::process::mapping::{Mapping, Placement};
-use crate::process::{depth, gate};
+use crate::process::{depth, gate, mask};
 use crate::runtime::callbacks;
 use crate::runtime::handles::Request;
 use crate::runtime::insert::{Inserted, NewArea, insert};
@@ -232,6 +232,7 @@ fn attach(
             let first = loop {
                 let answer = {
                     let _gate = gate();
+                    mask::settle();
                     lifeline.ask(Ask::Attach(record), None)?
                 };
                 match answer {

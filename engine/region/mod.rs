@@ -12,7 +12,7 @@ pub use attach::{AttachOptions, Sharing};
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::page_size;
-use crate::process::{depth, gate, mapping, maps};
+use crate::process::{depth, gate, mapping, maps, mask};
 use crate::runtime::command::Command;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::strays::{Finding, find};
@@ -134,18 +134,18 @@ impl Region {
             Local::Owner { .. } => {
                 let handler = &self.shared.handler;
                 // Not by the keeper: it may be dropping what waits for the caller.
-                if self.core.is_in_window(addr)
-                    || !handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply })?
-                {
+                if self.core.is_in_window(addr) {
                     return Ok(());
                 }
+                let probed = handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply })?;
+                let Some(lookup) = probed else { return Ok(()) };
                 let ours = |file| (file == self.core.file).then_some(self.core.id);
                 let finding = match maps::open_own().map(|maps| find(&maps, addr, ours)) {
                     // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
                     Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
                     Ok(finding) => finding,
                 };
-                handler.ask(|reply| Command::Found { space: OWN_SPACE, addr, finding, reply: Some(reply) })
+                handler.ask(|reply| Command::Found { lookup, finding, reply: Some(reply) })
             }
             Local::Child { lifeline, .. } => lifeline.ask(Ask::LookUp { addr: addr as u64 }, None).map(drop),
             Local::Lost { .. } => Ok(()),
@@ -202,6 +202,7 @@ impl Drop for Region {
                 }
             }
             Local::Child { lifeline, .. } => {
+                mask::settle();
                 // The engine counts by the unmap events, so that a death in between loses nothing. When it is gone,
                 // the range stays mapped: which parts of it are still ours, only the engine knew.
                 if self.unmap(&local).is_ok() {

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::call::Ticket;
 use super::fault::Fault;
-use super::strays::Finding;
+use super::strays::{Finding, LookupId};
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::snapshot::View;
@@ -82,10 +82,12 @@ pub(crate) enum Command {
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
     /// Copies every space and its areas into the asker's memory.
     View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
-    /// The keeper is about to look an address up; answers whether it should.
-    Probe { space: SpaceId, addr: usize, reply: Ticket<bool> },
-    /// Tells what the keeper found at an address.
-    Found { space: SpaceId, addr: usize, finding: Finding, reply: Option<Ticket<()>> },
+    /// The asker is about to look an address up; answers with what to tell the finding by, if it should.
+    Probe { space: SpaceId, addr: usize, reply: Ticket<Option<LookupId>> },
+    /// Tells what was found at an address.
+    Found { lookup: LookupId, finding: Finding, reply: Option<Ticket<()>> },
+    /// A page was unmapped, and no event says so.
+    Unmapped { space: SpaceId, addr: usize },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
     /// for that: the keeper, which makes room for posts, may be the asker.
     Barrier { reply: Ticket<bool> },
@@ -105,7 +107,7 @@ pub(crate) enum Post {
     /// A space's process seems to be gone (ESRCH).
     Gone(SpaceId),
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
-    Stray { space: SpaceId, addr: usize },
+    Stray { space: SpaceId, addr: usize, lookup: LookupId },
     /// After a shutdown no area is left that the fault-handling thread knows: may it end?
     Empty,
     /// The thread has ended: no area is left and none will come.

@@ -18,7 +18,7 @@ use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
-use super::strays::{Finding, Held, Strays, adopt};
+use super::strays::{Finding, Held, Lookup, LookupId, Strays, adopt};
 use super::workers::WorkerIds;
 use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
@@ -266,10 +266,10 @@ impl Handler {
                     if let Some(beside) = beside {
                         for addr in beside {
                             // Without place or room: when it is touched.
-                            if strays.probe(id, addr) == Held::New
-                                && keeper.try_post(Post::Stray { space: id, addr }).is_err()
+                            if let Held::New(lookup) = strays.probe(id, addr)
+                                && keeper.try_post(Post::Stray { space: id, addr, lookup }).is_err()
                             {
-                                strays.take(id, addr);
+                                strays.take(lookup);
                             }
                         }
                     }
@@ -330,30 +330,31 @@ impl Handler {
             }
             Answer::Gone => self.post(Post::Gone(fault.space)),
             Answer::Stray => self.look_up(fault),
-            Answer::Unmapped => self.unmapped_unseen(fault),
+            Answer::Unmapped if self.unmapped_unseen(fault.space, fault.addr) => {}
+            Answer::Unmapped => self.follow(fault, Answer::Later),
         }
     }
 
     /// Has the keeper look a stray's address up; its thread sleeps until then.
     fn look_up(&mut self, fault: Fault) {
         let Fault { space, addr, .. } = fault;
-        let asked = match self.strays.hold(fault) {
-            Held::Known => return,
-            Held::New => self.keeper.try_post(Post::Stray { space, addr }).is_ok(),
-            Held::NoPlace => false,
-        };
-        if !asked && let Some(index) = self.index_of(space) {
+        match self.strays.hold(fault) {
+            Held::Known(_) => return,
+            Held::New(lookup) if self.keeper.try_post(Post::Stray { space, addr, lookup }).is_ok() => return,
+            Held::New(lookup) => drop(self.strays.take(lookup)),
+            Held::NoPlace => {}
+        }
+        if let Some(index) = self.index_of(space) {
             // The thread faults again, and its new message waits in the kernel.
-            self.strays.take(space, addr);
             if let Some(uffd) = &self.spaces[index].uffd {
                 self.resolver.wake(uffd, addr);
             }
         }
     }
 
-    /// Follows what the keeper found at an address, and answers the thread that waits there.
-    fn found(&mut self, id: SpaceId, addr: usize, finding: &Finding) {
-        let Some((fault, untouched)) = self.strays.take(id, addr) else { return };
+    /// Follows what was found at an address, and answers the thread that waits there.
+    fn found(&mut self, lookup: LookupId, finding: &Finding) {
+        let Some(Lookup { space: id, addr, fault, untouched, .. }) = self.strays.take(lookup) else { return };
         let Some(index) = self.index_of(id) else { return };
         let space = &mut self.spaces[index];
         let known = match finding {
@@ -380,16 +381,18 @@ impl Handler {
     }
 
     /// Does what the event of a page's unmap would have done, which the kernel did not report.
-    fn unmapped_unseen(&mut self, fault: Fault) {
-        let Some(index) = self.index_of(fault.space) else { return };
+    /// Answers `false` for want of memory.
+    fn unmapped_unseen(&mut self, space: SpaceId, addr: usize) -> bool {
+        let Some(index) = self.index_of(space) else { return true };
         let Handler { spaces, unsent, shared, .. } = self;
         let space = &mut spaces[index];
-        let Some(uffd) = space.uffd.clone() else { return };
+        let Some(uffd) = space.uffd.clone() else { return true };
         if space.table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
-            return self.follow(fault, Answer::Later);
+            return false;
         }
-        let event = Message::Unmap { start: fault.addr, end: fault.addr + page_size() };
+        let event = Message::Unmap { start: addr, end: addr + page_size() };
         apply_event(shared, space, &uffd, event, unsent);
+        true
     }
 
     fn retry_parked(&mut self) {
@@ -546,13 +549,21 @@ impl Handler {
             }
             Command::Probe { space, addr, reply } => {
                 let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
-                reply.answer(!known && self.strays.probe(space, addr) != Held::NoPlace);
+                let held = if known { Held::NoPlace } else { self.strays.probe(space, addr) };
+                reply.answer(match held {
+                    Held::New(lookup) | Held::Known(lookup) => Some(lookup),
+                    Held::NoPlace => None,
+                });
             }
-            Command::Found { space, addr, finding, reply } => {
-                self.found(space, addr, &finding);
+            Command::Found { lookup, finding, reply } => {
+                self.found(lookup, &finding);
                 if let Some(reply) = reply {
                     reply.answer(());
                 }
+            }
+            Command::Unmapped { space, addr } => {
+                // Without memory the page stays in the table, as if its process had not told.
+                let _ = self.unmapped_unseen(space, addr);
             }
             Command::Barrier { reply } => reply.answer(self.unsent.is_empty()),
             Command::Retire { reply } => {

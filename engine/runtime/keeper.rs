@@ -20,7 +20,7 @@ use super::command::{Command, NotCut, Post};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
-use super::strays::{Finding, find};
+use super::strays::{Finding, LookupId, find};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
@@ -28,7 +28,8 @@ use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::maps::{self, Maps};
 use crate::process::pid_of;
-use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
+use crate::space::table::Area;
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
 use crate::vmap::core::{Caller, Notice, Opened};
@@ -99,6 +100,8 @@ impl Keeper {
     /// Keeps until the fault-handling thread has ended.
     pub(crate) fn run(&mut self) {
         self.shared.keeper.is_here();
+        // After a panic: what it was woken for still waits.
+        self.inbox.bell.ring();
         let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
@@ -151,9 +154,9 @@ impl Keeper {
     fn count_posts(&mut self) {
         while let Ok(post) = self.inbox.posts.try_recv() {
             match post {
-                Post::Closed(area) => area.target.vmap.close(1),
+                Post::Closed(area) => self.close(area),
                 Post::Gone(space) => self.look_after(space),
-                Post::Stray { space, addr } => self.look_up(space, addr),
+                Post::Stray { space, addr, lookup } => self.look_up(space, addr, lookup),
                 // If something is, the thread asks again when it is told of an unmap.
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
@@ -162,19 +165,38 @@ impl Keeper {
         }
     }
 
+    /// Counts an area down. What its list keeps alive may end with it, by code of the application: a panic of that must
+    /// not keep others from being counted.
+    fn close(&self, area: Area<Target>) {
+        area.target.vmap.close(1);
+        threads::contain(&self.shared, || drop(area));
+    }
+
     /// Looks an address up at which nobody waits; what is there is in the table when this returns.
     fn probe(&self, space: SpaceId, addr: usize) -> Result<()> {
-        if is_aligned(addr) && self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })? {
+        if is_aligned(addr)
+            && let Some(lookup) = self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })?
+        {
             let finding = self.find(space, addr);
-            self.shared.handler.ask(|reply| Command::Found { space, addr, finding, reply: Some(reply) })?;
+            self.shared.handler.ask(|reply| Command::Found { lookup, finding, reply: Some(reply) })?;
         }
         Ok(())
     }
 
+    /// Tells the fault-handling thread that a page of a child was unmapped, unless it was attached anew since: that is
+    /// entered by this thread, before it can be touched.
+    fn unmapped(&self, space: SpaceId, addr: usize) {
+        let shown = self.open_maps(space).and_then(|maps| maps.find(addr).ok()?);
+        let is_ours = shown.is_some_and(|vma| self.shared.vmaps.id_of(vma.file).is_some());
+        if is_aligned(addr) && !is_ours {
+            self.shared.handler.send(Command::Unmapped { space, addr });
+        }
+    }
+
     /// Looks an address up, and tells the fault-handling thread.
-    fn look_up(&self, space: SpaceId, addr: usize) {
+    fn look_up(&self, space: SpaceId, addr: usize, lookup: LookupId) {
         let finding = self.find(space, addr);
-        self.shared.handler.send(Command::Found { space, addr, finding, reply: None });
+        self.shared.handler.send(Command::Found { lookup, finding, reply: None });
     }
 
     /// Looks an address up in the kernel's own table of a process.
@@ -200,7 +222,7 @@ impl Keeper {
             match request {
                 Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
                 Request::RetryDeferred => self.retry_deferred(),
-                Request::Drop { .. } => {}
+                list @ Request::Drop { .. } => drop(threads::contain(&self.shared, || drop(list))),
                 Request::Settle { reply } => self.settling.push(reply),
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();
@@ -260,6 +282,7 @@ impl Keeper {
                 add(&self.shared.counters.lock_downgrades, nr_unlocked);
                 return self.introduce(space, pid, errno, descriptor);
             }
+            Ask::Unmapped { addr } => return self.unmapped(space, addr as usize),
             Ask::Attach(record) => match self.attach(space, &record) {
                 Ok(Some(reply)) => Ok((reply, None)),
                 Ok(None) => {
@@ -461,11 +484,11 @@ impl Keeper {
             let _ = shutdown(lifeline.as_raw_fd(), Shutdown::Both);
         }
         self.shared.spaces_remove(space);
-        if let Ok(Some(removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
+        if let Ok(Some(mut removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
             // Areas that ended by an event before are among the posts.
             self.count_posts();
-            for area in removed.table.iter() {
-                area.target.vmap.close(1);
+            while let Some(area) = removed.table.pop() {
+                self.close(area);
             }
         }
         drop(peer);

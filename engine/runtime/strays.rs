@@ -52,33 +52,42 @@ pub(crate) fn find(maps: &Maps, addr: usize, vmap: impl FnOnce((libc::dev_t, lib
     }
 }
 
+/// Names a question, never used again: a finding must not answer a later question about the same address, which knows
+/// nothing of what was unmapped before it.
+pub(crate) type LookupId = u64;
+
 /// An address that is being looked up.
-struct Lookup {
-    space: SpaceId,
-    addr: usize,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Lookup {
+    id: LookupId,
+    pub(crate) space: SpaceId,
+    pub(crate) addr: usize,
     /// The thread that waits there, if one does.
-    fault: Option<Fault>,
+    pub(crate) fault: Option<Fault>,
     /// Around the address: what no event has unmapped or moved since the question. A finding may be older than that.
-    untouched: Range<usize>,
+    pub(crate) untouched: Range<usize>,
 }
 
 /// Whether an address is to be looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
-    New,
+    New(LookupId),
     /// It is being looked up already.
-    Known,
+    Known(LookupId),
     NoPlace,
 }
 
 /// The addresses that are being looked up.
-pub(crate) struct Strays(MmapVec<Lookup>);
+pub(crate) struct Strays {
+    lookups: MmapVec<Lookup>,
+    next: LookupId,
+}
 
 impl Strays {
     pub(crate) fn new() -> Result<Strays, Errno> {
         let mut lookups = MmapVec::new();
         lookups.try_reserve(LOOKUPS)?;
-        Ok(Strays(lookups))
+        Ok(Strays { lookups, next: 0 })
     }
 
     /// Holds a fault while its address is looked up.
@@ -92,25 +101,28 @@ impl Strays {
     }
 
     fn enter(&mut self, space: SpaceId, addr: usize, fault: Option<Fault>) -> Held {
-        if let Some(index) = self.index_of(space, addr) {
-            let held = &mut self.0[index].fault;
-            *held = held.or(fault);
-            return Held::Known;
+        if let Some(known) = self.lookups.iter_mut().find(|known| known.space == space && known.addr == addr) {
+            known.fault = known.fault.or(fault);
+            return Held::Known(known.id);
         }
-        let lookup = Lookup { space, addr, fault, untouched: 0..usize::MAX };
-        if self.0.len() < LOOKUPS && self.0.try_push(lookup).is_ok() { Held::New } else { Held::NoPlace }
+        let id = self.next;
+        let lookup = Lookup { id, space, addr, fault, untouched: 0..usize::MAX };
+        if self.lookups.len() == LOOKUPS || self.lookups.try_push(lookup).is_err() {
+            return Held::NoPlace;
+        }
+        self.next += 1;
+        Held::New(id)
     }
 
-    /// Takes an address out: the fault there, and the range around it in which a finding still holds.
-    pub(crate) fn take(&mut self, space: SpaceId, addr: usize) -> Option<(Option<Fault>, Range<usize>)> {
-        let index = self.index_of(space, addr)?;
-        let Lookup { fault, untouched, .. } = self.0.swap_remove(index);
-        Some((fault, untouched))
+    /// Takes a question out; `None` when an event has answered it.
+    pub(crate) fn take(&mut self, id: LookupId) -> Option<Lookup> {
+        let index = self.lookups.iter().position(|lookup| lookup.id == id)?;
+        Some(self.lookups.swap_remove(index))
     }
 
     /// Takes any fault out, and forgets what nobody waits for.
     pub(crate) fn pop(&mut self) -> Option<Fault> {
-        std::iter::from_fn(|| self.0.pop()).find_map(|lookup| lookup.fault)
+        std::iter::from_fn(|| self.lookups.pop()).find_map(|lookup| lookup.fault)
     }
 
     /// Follows an unmap or a move away. Threads that wait in the range were woken: they are forgotten.
@@ -118,8 +130,8 @@ impl Strays {
         if gone.is_empty() {
             return;
         }
-        self.0.drain_where(|lookup| lookup.space == space && gone.contains(&lookup.addr), drop);
-        for Lookup { addr, untouched, .. } in self.0.iter_mut().filter(|lookup| lookup.space == space) {
+        self.lookups.drain_where(|lookup| lookup.space == space && gone.contains(&lookup.addr), drop);
+        for Lookup { addr, untouched, .. } in self.lookups.iter_mut().filter(|lookup| lookup.space == space) {
             if gone.end <= *addr {
                 untouched.start = untouched.start.max(gone.end);
             } else {
@@ -130,11 +142,7 @@ impl Strays {
 
     /// Forgets a space that is gone.
     pub(crate) fn forget(&mut self, space: SpaceId) {
-        self.0.drain_where(|lookup| lookup.space == space, drop);
-    }
-
-    fn index_of(&self, space: SpaceId, addr: usize) -> Option<usize> {
-        self.0.iter().position(|lookup| lookup.space == space && lookup.addr == addr)
+        self.lookups.drain_where(|lookup| lookup.space == space, drop);
     }
 }
 
@@ -187,56 +195,75 @@ mod tests {
         Fault { space, addr, tid: 0, retries: 0, starved: 0, alone: false }
     }
 
+    fn new(held: Held) -> LookupId {
+        let Held::New(id) = held else { panic!("{held:?}") };
+        id
+    }
+
     #[test]
     fn an_address_is_looked_up_once_and_taken_once() {
         let mut strays = Strays::new().unwrap();
-        assert_eq!(strays.hold(fault(1, 0x5000)), Held::New);
-        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
-        assert_eq!(strays.hold(fault(2, 0x5000)), Held::New);
-        assert_eq!(strays.take(1, 0x6000), None);
-        assert_eq!(strays.take(1, 0x5000), Some((Some(fault(1, 0x5000)), 0..usize::MAX)));
-        assert_eq!(strays.take(1, 0x5000), None);
+        let id = new(strays.hold(fault(1, 0x5000)));
+        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known(id));
+        let other = new(strays.hold(fault(2, 0x5000)));
+        let taken = strays.take(id).unwrap();
+        assert_eq!((taken.space, taken.addr, taken.fault), (1, 0x5000, Some(fault(1, 0x5000))));
+        assert_eq!(taken.untouched, 0..usize::MAX);
+        assert_eq!(strays.take(id), None);
         strays.forget(2);
+        assert_eq!(strays.take(other), None);
         assert_eq!(strays.pop(), None);
     }
 
     #[test]
     fn a_thread_waits_for_the_look_that_was_taken_before_it_came() {
         let mut strays = Strays::new().unwrap();
-        assert_eq!(strays.probe(1, 0x5000), Held::New);
-        assert_eq!(strays.probe(1, 0x6000), Held::New);
-        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
-        assert_eq!(strays.probe(1, 0x5000), Held::Known);
-        assert_eq!(strays.take(1, 0x5000).unwrap().0, Some(fault(1, 0x5000)));
-        assert_eq!(strays.hold(fault(1, 0x7000)), Held::New);
-        assert_eq!(strays.probe(1, 0x8000), Held::New);
+        let id = new(strays.probe(1, 0x5000));
+        new(strays.probe(1, 0x6000));
+        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known(id));
+        assert_eq!(strays.probe(1, 0x5000), Held::Known(id));
+        assert_eq!(strays.take(id).unwrap().fault, Some(fault(1, 0x5000)));
+        new(strays.hold(fault(1, 0x7000)));
+        new(strays.probe(1, 0x8000));
         assert_eq!(strays.pop(), Some(fault(1, 0x7000)));
         assert_eq!(strays.pop(), None);
+    }
+
+    /// What was found before an unmap, and is told after it, is no answer to who asks about the address anew.
+    #[test]
+    fn a_finding_answers_its_own_question_only() {
+        let mut strays = Strays::new().unwrap();
+        let before = new(strays.hold(fault(1, 0x5000)));
+        strays.unmapped(1, &(0x5000..0x6000));
+        let after = new(strays.hold(fault(1, 0x5000)));
+        assert_eq!(strays.take(before), None);
+        assert_eq!(strays.take(after).unwrap().fault, Some(fault(1, 0x5000)));
     }
 
     #[test]
     fn more_than_the_places_are_not_held() {
         let mut strays = Strays::new().unwrap();
-        (0..LOOKUPS).for_each(|n| assert_eq!(strays.hold(fault(0, n * 0x1000)), Held::New));
+        for n in 0..LOOKUPS {
+            new(strays.hold(fault(0, n * 0x1000)));
+        }
         assert_eq!(strays.hold(fault(0, LOOKUPS * 0x1000)), Held::NoPlace);
         assert!(strays.pop().is_some());
-        assert_eq!(strays.hold(fault(0, LOOKUPS * 0x1000)), Held::New);
+        new(strays.hold(fault(0, LOOKUPS * 0x1000)));
     }
 
     /// What is unmapped while an address is looked up is no part of the finding; a thread that waits in it is forgotten.
     #[test]
     fn an_unmap_narrows_the_findings_of_its_space() {
         let mut strays = Strays::new().unwrap();
-        for (space, addr) in [(1, 0x5000), (1, 0x9000), (2, 0x5000)] {
-            assert_eq!(strays.hold(fault(space, addr)), Held::New);
-        }
+        let asked = [(1, 0x5000), (1, 0x9000), (2, 0x5000)];
+        let [narrowed, gone, elsewhere] = asked.map(|(space, addr)| new(strays.hold(fault(space, addr))));
         strays.unmapped(1, &(0x7000..0x7000));
         strays.unmapped(1, &(0x8000..0xa000));
         strays.unmapped(1, &(0x1000..0x2000));
         strays.unmapped(1, &(0x2000..0x3000));
         strays.unmapped(1, &(0xb000..0xc000));
-        assert_eq!(strays.take(1, 0x9000), None);
-        assert_eq!(strays.take(1, 0x5000), Some((Some(fault(1, 0x5000)), 0x3000..0x8000)));
-        assert_eq!(strays.take(2, 0x5000), Some((Some(fault(2, 0x5000)), 0..usize::MAX)));
+        assert_eq!(strays.take(gone), None);
+        assert_eq!(strays.take(narrowed).unwrap().untouched, 0x3000..0x8000);
+        assert_eq!(strays.take(elsewhere).unwrap().untouched, 0..usize::MAX);
     }
 }

@@ -107,6 +107,11 @@ impl<T: Clone> AreaTable<T> {
         self.areas.iter_mut()
     }
 
+    /// Takes the last area out.
+    pub(crate) fn pop(&mut self) -> Option<Area<T>> {
+        self.areas.pop()
+    }
+
     /// Finds the area that `addr` lies in.
     pub(crate) fn find(&self, addr: usize) -> Option<&Area<T>> {
         self.areas.get(self.index_after(addr)).filter(|area| area.contains(addr))
