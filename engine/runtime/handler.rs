@@ -339,6 +339,8 @@ impl Handler {
     fn look_up(&mut self, fault: Fault) {
         let Fault { space, addr, .. } = fault;
         match self.strays.hold(fault) {
+            // A worker must not wait as another thread would, perhaps for a worker: it faults again until the answer is there.
+            Held::Known(_) if self.resolver.is_worker(&fault) => {}
             Held::Known(_) => return,
             Held::New(lookup) if self.keeper.try_post(Post::Stray { space, addr, lookup }).is_ok() => return,
             Held::New(lookup) => drop(self.strays.take(lookup)),
