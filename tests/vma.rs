@@ -7,8 +7,9 @@ use std::ffi::c_void;
 
 use kiomap::{AttachOptions, Region, page_size};
 use support::raw::{self, Scene, assert_gone, assert_shows, assert_sigbus_pages, in_both};
-use support::scene::at;
-use support::{mark, touch};
+use support::scene::{at, child, settled};
+use support::truth::assert_count;
+use support::{alone, engine_builder, mark, pages, reap_ok, touch};
 
 /// Where the kernel puts nothing by itself: what is unmapped stays so.
 const FAR: usize = 0x1000_0000_0000;
@@ -515,5 +516,34 @@ fn threads_that_wait_in_a_range_that_goes_are_woken() {
             unsafe { libc::munmap(FAR as *mut c_void, 8 * page_size()) };
         }
         assert_eq!(engine.stats().strays, 0);
+    });
+}
+
+/// T49: a forked child has each area with the access that it was attached with, whatever the parent has changed since by
+/// `mprotect`: unlike memory that the kernel copies.
+#[test]
+fn a_child_has_the_access_of_the_attach() {
+    alone("a_child_has_the_access_of_the_attach", || {
+        let engine = engine_builder().build().unwrap();
+        let vmap = engine.vmap(&pages(8)).unwrap();
+        let region = vmap.attach(&long(8).at(FAR)).unwrap();
+        let read_only = vmap.attach(&long(8).at(ELSEWHERE).read_only()).unwrap();
+        raw::mprotect(FAR, 2, libc::PROT_NONE);
+        raw::mprotect(page(FAR, 2), 2, libc::PROT_READ);
+        raw::mprotect(ELSEWHERE, 4, libc::PROT_NONE);
+        raw::mprotect(page(ELSEWHERE, 4), 4, libc::PROT_READ | libc::PROT_WRITE);
+        reap_ok(child(|| {
+            assert_shows(FAR, 0..8);
+            assert_shows(ELSEWHERE, 0..8);
+            for n in 0..8 {
+                touch::write(page(FAR, n) as *mut u8, mark(n)).unwrap();
+                assert!(touch::write(page(ELSEWHERE, n) as *mut u8, 1).is_err_and(|refused| refused.is_sigsegv()));
+            }
+        }));
+        assert_gone(FAR, 2);
+        assert_gone(ELSEWHERE, 4);
+        settled(&engine, &vmap, 2);
+        drop((region, read_only));
+        assert_count(&engine, &vmap, 0);
     });
 }

@@ -354,22 +354,24 @@ pub(crate) fn run(local: &Local, job: &StormJob) -> Answer {
     if !job.runs.is_empty() {
         std::thread::scope(|scope| {
             let weather = &weather;
-            for index in 0..job.touchers {
-                scope.spawn(move || weather.toucher(index));
-            }
+            let mut threads: Vec<_> =
+                (0..job.touchers).map(|index| scope.spawn(move || weather.toucher(index))).collect();
             if !job.cuts.is_empty() {
-                scope.spawn(|| weather.cutter());
+                threads.push(scope.spawn(|| weather.cutter()));
             }
             if !job.advice.is_empty() {
-                scope.spawn(|| weather.adviser());
+                threads.push(scope.spawn(|| weather.adviser()));
             }
             if let Some((number, base, nr_pages)) = job.churn.filter(|churn| job.churns > 0 && churn.2 > 0) {
                 let vmap = &local.vmaps[&number];
-                scope.spawn(move || weather.churner(vmap, number, base, nr_pages));
+                threads.push(scope.spawn(move || weather.churner(vmap, number, base, nr_pages)));
             }
             if job.forks > 0 {
-                scope.spawn(|| weather.forker());
+                threads.push(scope.spawn(|| weather.forker()));
             }
+            // Until they have ended, and not only their bodies, as the scope waits for: a thread that ends holds a lock of
+            // the standard library, without which a child that is forked then can start no thread.
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
         });
     }
     drop(timer);
