@@ -413,14 +413,7 @@ impl Resolver {
         if window.is_some_and(|(area, window)| window.holds(area.pgoff_of(fault.addr))) {
             return self.wake(uffd, fault.addr);
         }
-        match mask_while_changing(uffd, fault.addr, page_size()) {
-            Masked::Done => {
-                let woken = self.wake(uffd, fault.addr);
-                self.refused(space, woken)
-            }
-            Masked::Later | Masked::NoRoom => Answer::Later,
-            Masked::Gone | Masked::GoneUnseen => self.wake(uffd, fault.addr),
-        }
+        self.masked(space, uffd, fault, mask_while_changing(uffd, fault.addr, page_size()))
     }
 
     /// Makes a page a SIGBUS where the kernel has no poison. A process masks its own pages: a forked child's guard does.
@@ -441,6 +434,11 @@ impl Resolver {
             },
             masked => masked,
         };
+        self.masked(space, uffd, fault, masked)
+    }
+
+    /// Answers a fault by what became of the mask of its page.
+    fn masked(&self, space: &Space, uffd: &Userfault, fault: &Fault, masked: Masked) -> Answer {
         match masked {
             Masked::Done => {
                 let woken = self.wake(uffd, fault.addr);
