@@ -11,16 +11,12 @@ use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use support::touch::Refused;
 use support::truth::assert_count;
 use support::{
-    alone, assert_sigbus, engine_builder, eventually, fork_child, in_page, mark, open_descriptors, pages, read_page,
-    reap_ok, settled_stats, source, threads, touch, vmap_mappings,
+    alone, assert_sigbus, engine_builder, eventually, fork_child, in_page, long, mark, open_descriptors, pages,
+    read_page, reap_ok, settled_stats, source, threads, touch, vmap_mappings,
 };
 
 fn whole() -> AttachOptions {
     AttachOptions::new()
-}
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
 }
 
 /// Anonymous memory that nobody uses, for its address.

@@ -6,40 +6,14 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kiomap::{AttachOptions, Engine, EngineBuilder, Error, Features, Kiobuf, OpenWay, Region, Vmap, page_size};
+use kiomap::{AttachOptions, Error, Features, Kiobuf, OpenWay, Region, page_size};
 use nix::errno::Errno;
 use support::scene::{at, child, settled};
 use support::truth::assert_count;
 use support::{
-    DEADLINE, alone, assert_sigbus, engine_builder, eventually, holes, mark, open_descriptors, pages, read_page,
-    reap_ok, source, taken_away, touch, within,
+    DEADLINE, alone, assert_sigbus, attached, engine_builder, eventually, list_with_holes, mark, open_descriptors,
+    pages, read_page, reap_ok, source, taken_away, touch, within, without_poison,
 };
-
-/// An engine as on a kernel before Linux 6.6.
-fn without_poison() -> EngineBuilder {
-    engine_builder().without(taken_away() | Features::POISON)
-}
-
-/// A list of `nr_pages` in which every page whose number `is_hole` is one, and the others are [`mark`]ed.
-fn list_with_holes(nr_pages: u64, is_hole: impl Fn(u64) -> bool) -> Kiobuf {
-    let mut list = Kiobuf::new();
-    for page in 0..nr_pages {
-        if is_hole(page) {
-            list.expand(&holes(1)).unwrap();
-        } else {
-            let mut one = Kiobuf::new();
-            one.map_bytes(vec![mark(page); page_size()]).unwrap();
-            list.expand(&one).unwrap();
-        }
-    }
-    list
-}
-
-fn attached(engine: &Engine, list: &Kiobuf) -> (Vmap, Region) {
-    let vmap = engine.vmap(list).unwrap();
-    let region = vmap.attach(&AttachOptions::new()).unwrap();
-    (vmap, region)
-}
 
 /// Which calls of a kind a policy refuses.
 #[derive(Clone, Copy)]

@@ -8,42 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kiomap::{AttachOptions, Engine, EngineBuilder, Features, Kiobuf, Region, Shutdown, Vmap, page_size};
+use kiomap::{AttachOptions, Region, Shutdown, page_size};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::WaitStatus;
 use support::scene::{Told, at, child, settled};
 use support::truth::{assert_count, assert_truth};
 use support::{
-    alone, assert_sigbus, engine_builder, eventually, holes, mark, pages, read_page, reap, reap_ok, settled_stats,
-    source, taken_away, touch, vmap_mappings,
+    alone, assert_sigbus, attached, eventually, list_with_holes, mark, pages, read_page, reap, reap_ok, settled_stats,
+    source, touch, vmap_mappings, without_poison,
 };
-
-/// An engine as on a kernel before Linux 6.6.
-fn without_poison() -> EngineBuilder {
-    engine_builder().without(taken_away() | Features::POISON)
-}
-
-/// A list of `nr_pages` in which every page whose number `is_hole` is one, and the others are [`mark`]ed.
-fn list_with_holes(nr_pages: u64, is_hole: impl Fn(u64) -> bool) -> Kiobuf {
-    let mut list = Kiobuf::new();
-    for page in 0..nr_pages {
-        if is_hole(page) {
-            list.expand(&holes(1)).unwrap();
-        } else {
-            let mut one = Kiobuf::new();
-            one.map_bytes(vec![mark(page); page_size()]).unwrap();
-            list.expand(&one).unwrap();
-        }
-    }
-    list
-}
-
-fn attached(engine: &Engine, list: &Kiobuf) -> (Vmap, Region) {
-    let vmap = engine.vmap(list).unwrap();
-    let region = vmap.attach(&AttachOptions::new()).unwrap();
-    (vmap, region)
-}
 
 /// T3, T5, T9, T12: without poison a hole is SIGBUS at the byte that was touched, for reads and writes, each time and
 /// whatever advice is given; its neighbours are served, and a system call gets EFAULT.

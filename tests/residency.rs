@@ -12,11 +12,12 @@ use kiomap::{AttachOptions, Engine, Error, Kiobuf, OpenWay, Region, Residency, R
 use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use support::raw::{mlock, populated};
 use support::scene::{Told, at, child, sourced_pages};
 use support::truth::{assert_count, assert_nobody_waits};
 use support::{
-    alone, assert_sigbus, engine_builder, holes, mark, open_descriptors, pages, read_page, reap_ok, settled_stats,
-    tell, touch, vmap_mappings,
+    alone, assert_sigbus, engine_builder, holes, long, mark, open_descriptors, pages, read_page, reap_ok,
+    settled_stats, tell, touch, vmap_mappings,
 };
 
 /// An engine that brings one page for one fault.
@@ -31,10 +32,6 @@ fn user_mode_only() -> Engine {
 
 fn publish(engine: &Engine, list: &Kiobuf, residency: Residency) -> Vmap {
     engine.vmap_builder(list).residency(residency).build().unwrap()
-}
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
 }
 
 /// The pages that this process has locked, as the kernel counts them: those that are to come included.
@@ -133,11 +130,6 @@ fn allow_locking(nr_pages: usize) {
 fn advise(addr: *mut u8, nr_pages: usize, advice: i32) -> nix::Result<()> {
     // SAFETY: the range lies in a region, to whose pages no Rust reference exists.
     Errno::result(unsafe { libc::madvise(addr.cast(), nr_pages * page_size(), advice) }).map(drop)
-}
-
-fn mlock(addr: *mut u8, nr_pages: usize) -> nix::Result<()> {
-    // SAFETY: changes no byte that is there.
-    Errno::result(unsafe { libc::mlock(addr.cast(), nr_pages * page_size()) }).map(drop)
 }
 
 fn mlock_on_fault(addr: *mut u8, nr_pages: usize) -> nix::Result<()> {
@@ -567,17 +559,6 @@ fn locking_and_populating_over_a_tail_is_an_error() {
             }
         }
     });
-}
-
-/// An anonymous mapping that is populated as soon as it is made; at an address, if that is free.
-fn populated(addr: usize, nr_pages: usize) -> usize {
-    let (prot, len) = (libc::PROT_READ | libc::PROT_WRITE, nr_pages * page_size());
-    let fixed = if addr == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE | fixed;
-    // SAFETY: a new mapping that replaces nothing.
-    let mapped = unsafe { libc::mmap(addr as *mut libc::c_void, len, prot, flags, -1, 0) };
-    assert!(mapped != libc::MAP_FAILED || Errno::last() == Errno::EEXIST);
-    mapped as usize
 }
 
 /// T78, U22: with all future memory locked, and neighbours that are populated, an attach brings no page and no zero page is

@@ -2,11 +2,12 @@
 
 mod support;
 
-use kiomap::{AttachOptions, Engine, Kiobuf, OpenWay, page_size};
+use kiomap::{Engine, Kiobuf, OpenWay, page_size};
 use nix::errno::Errno;
+use support::raw::{mlock, populated};
 use support::scene::{at, sourced_pages};
 use support::truth::{assert_count, assert_nobody_waits};
-use support::{alone, engine_builder, holes, mark, pages, touch};
+use support::{alone, engine_builder, holes, long, mark, pages, touch};
 
 /// An engine that brings one page for one fault.
 fn engine() -> Engine {
@@ -16,26 +17,6 @@ fn engine() -> Engine {
 /// The same, where the kernel's own faults are not served.
 fn user_mode_only() -> Engine {
     engine_builder().fault_around_pages(1).open_ways(&[OpenWay::UserModeOnly]).build().unwrap()
-}
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
-}
-
-fn mlock(addr: *mut u8, nr_pages: usize) -> nix::Result<()> {
-    // SAFETY: changes no byte that is there.
-    Errno::result(unsafe { libc::mlock(addr.cast(), nr_pages * page_size()) }).map(drop)
-}
-
-/// An anonymous mapping that is populated as soon as it is made; at an address, if that is free.
-fn populated(addr: usize, nr_pages: usize) -> usize {
-    let (prot, len) = (libc::PROT_READ | libc::PROT_WRITE, nr_pages * page_size());
-    let fixed = if addr == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE | fixed;
-    // SAFETY: a new mapping that replaces nothing.
-    let mapped = unsafe { libc::mmap(addr as *mut libc::c_void, len, prot, flags, -1, 0) };
-    assert!(mapped != libc::MAP_FAILED || Errno::last() == Errno::EEXIST);
-    mapped as usize
 }
 
 /// T39, T41, T78: where a region grows that the application has locked, the kernel populates it before it tells of the move,

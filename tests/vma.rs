@@ -5,24 +5,11 @@ mod support;
 
 use std::ffi::c_void;
 
-use kiomap::{AttachOptions, Region, page_size};
-use support::raw::{self, Scene, assert_gone, assert_shows, assert_sigbus_pages, in_both};
+use kiomap::{Region, page_size};
+use support::raw::{self, ELSEWHERE, FAR, Scene, assert_gone, assert_shows, assert_sigbus_pages, in_both, page};
 use support::scene::{at, child, settled};
 use support::truth::assert_count;
-use support::{alone, engine_builder, mark, pages, reap_ok, touch};
-
-/// Where the kernel puts nothing by itself: what is unmapped stays so.
-const FAR: usize = 0x1000_0000_0000;
-const ELSEWHERE: usize = 0x1000_4000_0000;
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
-}
-
-/// The address of page `n` from `base` on.
-fn page(base: usize, n: u64) -> usize {
-    base + n as usize * page_size()
-}
+use support::{alone, engine_builder, long, mark, pages, reap_ok, touch};
 
 /// Regions of `lens` pages side by side from [`FAR`] on, showing one page after the other.
 fn side_by_side(scene: &Scene<'_>, lens: &[u64]) -> Vec<Region> {

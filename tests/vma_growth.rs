@@ -8,23 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kiomap::{AttachOptions, Kiobuf, Region, Shutdown, Vmap, page_size};
 use nix::unistd::geteuid;
-use support::raw::{self, assert_gone, assert_shows, assert_sigbus_pages, in_both};
+use support::raw::{self, ELSEWHERE, FAR, assert_gone, assert_shows, assert_sigbus_pages, in_both, page};
 use support::scene::{Rng, Told, child, settled, sourced_pages};
 use support::truth::{assert_count, assert_nobody_waits};
-use support::{alone, engine_builder, eventually, mark, pages, read_page, reap_ok, settled_stats, threads, touch};
-
-/// Where the kernel puts nothing by itself.
-const FAR: usize = 0x1000_0000_0000;
-const ELSEWHERE: usize = 0x1000_4000_0000;
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
-}
-
-/// The address of page `n` from `base` on.
-fn page(base: usize, n: u64) -> usize {
-    base + n as usize * page_size()
-}
+use support::{
+    alone, engine_builder, eventually, long, mark, pages, read_page, reap_ok, settled_stats, threads, touch,
+};
 
 /// A region of the first `attached` pages of the vmap, at [`FAR`], that was grown in place to `grown` pages.
 fn grown(vmap: &Vmap, attached: u64, grown: u64) -> Region {

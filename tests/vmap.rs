@@ -12,16 +12,12 @@ use nix::errno::Errno;
 use support::touch::Refused;
 use support::truth::assert_count;
 use support::{
-    alone, engine_builder, eventually, holes, mark, pages, read_page, settled_stats, source, touch, vmap_mappings,
-    within,
+    alone, engine_builder, eventually, holes, long, mark, pages, read_page, settled_stats, source, touch,
+    vmap_mappings, within,
 };
 
 fn whole() -> AttachOptions {
     AttachOptions::new()
-}
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
 }
 
 /// A vmap that counts its callbacks.

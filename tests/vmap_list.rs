@@ -7,14 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Error, Kiobuf, Revoke, page_size};
 use nix::errno::Errno;
-use support::{alone, assert_sigbus, engine_builder, eventually, in_page, mark, pages, read_page, source, touch};
+use support::{alone, assert_sigbus, engine_builder, eventually, in_page, long, mark, pages, read_page, source, touch};
 
 fn whole() -> AttachOptions {
     AttachOptions::new()
-}
-
-fn long(nr_pages: u64) -> AttachOptions {
-    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
 }
 
 /// T13: what was SIGBUS past the end is memory once the list is expanded, at the same address, in every region and also

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use kiomap::{Kiobuf, page_size};
+use kiomap::{AttachOptions, Engine, EngineBuilder, Features, Kiobuf, Region, Vmap, page_size};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
@@ -259,4 +259,36 @@ pub(crate) fn taken_away() -> kiomap::Features {
 /// Whether this run of the suite may have an engine that serves faults of the kernel itself.
 pub(crate) fn serves_kernel_faults() -> bool {
     !taken_away_names().iter().any(|name| name == "KERNEL_FAULTS")
+}
+
+/// A whole region of `nr_pages` pages.
+pub(crate) fn long(nr_pages: u64) -> AttachOptions {
+    AttachOptions::new().len_bytes(nr_pages as usize * page_size())
+}
+
+/// An engine as on a kernel before Linux 6.6.
+pub(crate) fn without_poison() -> EngineBuilder {
+    engine_builder().without(taken_away() | Features::POISON)
+}
+
+/// A list of `nr_pages` in which every page whose number `is_hole` is one, and the others are [`mark`]ed.
+pub(crate) fn list_with_holes(nr_pages: u64, is_hole: impl Fn(u64) -> bool) -> Kiobuf {
+    let mut list = Kiobuf::new();
+    for page in 0..nr_pages {
+        if is_hole(page) {
+            list.expand(&holes(1)).unwrap();
+        } else {
+            let mut one = Kiobuf::new();
+            one.map_bytes(vec![mark(page); page_size()]).unwrap();
+            list.expand(&one).unwrap();
+        }
+    }
+    list
+}
+
+/// A vmap of a list, and a region of all of it.
+pub(crate) fn attached(engine: &Engine, list: &Kiobuf) -> (Vmap, Region) {
+    let vmap = engine.vmap(list).unwrap();
+    let region = vmap.attach(&AttachOptions::new()).unwrap();
+    (vmap, region)
 }

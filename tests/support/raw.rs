@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kiomap::{Engine, Vmap, page_size};
 use libc::c_void;
+use nix::errno::Errno;
 
 use super::scene::{Told, child};
 use super::truth::assert_count;
@@ -151,4 +152,31 @@ pub(crate) fn assert_gone(addr: usize, nr_pages: usize) {
         let outcome = touch::read((addr + n * page_size()) as *const u8);
         assert!(outcome.is_err_and(|refused| refused.is_sigsegv()), "{addr:#x} + {n}: {outcome:?}");
     }
+}
+
+/// Where the kernel puts nothing by itself: what is unmapped stays so.
+pub(crate) const FAR: usize = 0x1000_0000_0000;
+
+pub(crate) const ELSEWHERE: usize = 0x1000_4000_0000;
+
+/// The address of page `n` from `base` on.
+pub(crate) fn page(base: usize, n: u64) -> usize {
+    base + n as usize * page_size()
+}
+
+/// An anonymous mapping that is populated as soon as it is made; at an address, if that is free.
+pub(crate) fn populated(addr: usize, nr_pages: usize) -> usize {
+    let (prot, len) = (libc::PROT_READ | libc::PROT_WRITE, nr_pages * page_size());
+    let fixed = if addr == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE | fixed;
+    // SAFETY: a new mapping that replaces nothing.
+    let mapped = unsafe { libc::mmap(addr as *mut libc::c_void, len, prot, flags, -1, 0) };
+    assert!(mapped != libc::MAP_FAILED || Errno::last() == Errno::EEXIST);
+    mapped as usize
+}
+
+/// Locks pages in memory, as an application does.
+pub(crate) fn mlock(addr: *mut u8, nr_pages: usize) -> nix::Result<()> {
+    // SAFETY: changes no byte that is there.
+    Errno::result(unsafe { libc::mlock(addr.cast(), nr_pages * page_size()) }).map(drop)
 }
