@@ -8,6 +8,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, Region, Shutdown, Vmap, page_size};
 use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
+use support::raw::FAR;
 use support::touch::Refused;
 use support::truth::assert_count;
 use support::{
@@ -450,7 +451,8 @@ fn a_drop_frees_the_threads_that_wait() {
             }
             Ok(())
         });
-        let region = engine.vmap(&list).unwrap().attach(&whole()).unwrap();
+        // Where the kernel puts nothing else, as soon as it is free.
+        let region = engine.vmap(&list).unwrap().attach(&whole().at(FAR)).unwrap();
         let start = region.as_ptr() as usize;
         std::thread::scope(|scope| {
             let touchers: Vec<_> = [1, 2, 40]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use kiomap::{AttachOptions, Engine, Kiobuf, PageSource, Region, Revoke, Shutdown, page_size};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use support::raw::FAR;
 use support::scene::{GatedSource, Rng, Told, at, child, kill_and_reap, sourced_pages};
 use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, pages, touch};
@@ -397,7 +398,8 @@ fn what_a_list_keeps_alive_may_own_regions_and_the_engine() {
             list.map_source(Arc::new(source), 4 * page_size() as u64).unwrap();
             let vmap = engine.vmap(&list).unwrap();
             drop(list);
-            let region = vmap.attach(&AttachOptions::new()).unwrap();
+            // Where the kernel puts nothing else, as soon as it is free.
+            let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
             drop(vmap);
             let kept = (!own_engine).then(|| Arc::clone(&engine));
             drop(engine);
@@ -451,7 +453,8 @@ fn a_source_that_panics_when_it_is_dropped_does_not_end_a_worker() {
             list.map_source(source, page_size() as u64).unwrap();
             let vmap = engine.vmap(&list).unwrap();
             drop(list);
-            let region = vmap.attach(&AttachOptions::new()).unwrap();
+            // Where the kernel puts nothing else, as soon as it is free.
+            let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
             drop(vmap);
             let addr = region.as_ptr() as usize;
             let thread = std::thread::spawn(move || touch::read(addr as *const u8));

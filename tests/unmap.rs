@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kiomap::{AttachOptions, Region, page_size};
+use support::raw::FAR;
 use support::scene::{GatedSource, Rng, areas_of, at, child, sourced_pages};
 use support::truth::assert_count;
 use support::{alone, engine_builder, eventually, mark, pages, reap_ok, touch};
@@ -28,7 +29,8 @@ fn an_unmap_of_a_page_that_a_thread_waits_for_is_sigsegv_at_once() {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(16)).unwrap();
-        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        // Where the kernel puts nothing else, as soon as a part is free.
+        let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
         let addr = at(&region, 5) as usize;
         let thread = std::thread::spawn(move || touch::read(addr as *const u8));
         gated.wait_for_held(1);
@@ -254,7 +256,8 @@ fn a_child_that_unmaps_a_page_that_its_thread_waits_for_goes_on() {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
         let gated = GatedSource::new();
         let vmap = engine.vmap(&gated.list(8)).unwrap();
-        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        // Where the kernel puts nothing else, as soon as a part is free.
+        let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
         let go = support::scene::Told::new();
         let pid = child(|| {
             let addr = at(&region, 3) as usize;
