@@ -154,6 +154,76 @@ pub enum Error {
         /// What they would be needed for.
         why: &'static str,
     },
+    /// Some pages that were to be populated can't be had (`ENOMEM`); all others are there.
+    #[error("{missing} of {wanted} pages can't be had, the first is page {pgoff}: {why}")]
+    NotPopulated {
+        /// The first page of the list that can't be had.
+        pgoff: u64,
+        /// Why that one can't.
+        why: String,
+        /// The pages that can't be had.
+        missing: u64,
+        /// The pages that were asked for.
+        wanted: u64,
+    },
+    /// An argument is not a multiple of what a vmap of huge pages needs (`EINVAL`).
+    #[error("{what} is {value}: with the huge pages of this vmap it must be a multiple of {multiple}")]
+    Misaligned {
+        /// The argument, in words.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must be a multiple of.
+        multiple: u64,
+    },
+    /// Huge pages can't be had: the pool is too small (`ENOMEM`), or the kernel has none of that size (`ENODEV`, `ENOSYS`,
+    /// `EINVAL`).
+    #[error("huge pages of {bytes} bytes can't be had, {needed} of them: {errno} ({})", pool_knob(*bytes, *free, *errno))]
+    HugePages {
+        /// The size of one in bytes.
+        bytes: usize,
+        /// How many are needed.
+        needed: u64,
+        /// How many were free, and promised to nobody, a moment later.
+        free: u64,
+        /// The kernel's errno.
+        errno: Errno,
+    },
+    /// Pages of a region could not be put together to a huge page (`EBUSY`, `EAGAIN`, `ENOMEM` or `EINVAL`, as the kernel says).
+    #[error("the pages from byte {offset} of the region on can't be one huge page: {errno} ({}); others were made: {made}", collapse_knob(*errno))]
+    NotCollapsed {
+        /// The byte of the region at which the first of them begins.
+        offset: usize,
+        /// The kernel's errno.
+        errno: Errno,
+        /// The huge pages that were made.
+        made: usize,
+    },
+}
+
+/// What stands in the way of a transparent huge page.
+fn collapse_knob(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EBUSY => "some of them are missing: bring them first; or the memory cgroup is full",
+        Errno::EAGAIN => "some of them are in use: try again",
+        Errno::ENOMEM => "no huge page is free: memory is short or in pieces, see /proc/sys/vm/compact_memory",
+        _ => {
+            "all are missing, or they lie otherwise in memory than in the list: attach at a multiple of the huge page's size"
+        }
+    }
+}
+
+/// The knob of the pool of huge pages.
+fn pool_knob(bytes: usize, free: u64, errno: Errno) -> String {
+    let pool = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", bytes / 1024);
+    if errno == Errno::ENOMEM {
+        format!(
+            "{free} are free: raise {pool}/nr_hugepages, for the default size also the sysctl vm.nr_hugepages, or \
+             nr_overcommit_hugepages beside it; a limit of the hugetlb controller refuses alike"
+        )
+    } else {
+        format!("{pool} is there where the kernel has them")
+    }
 }
 
 /// The knob of the errnos of mlock2.
@@ -193,6 +263,7 @@ impl Error {
             | Error::AlreadyMapped { .. }
             | Error::PrivateRefused
             | Error::SourceInRegion { .. }
+            | Error::Misaligned { .. }
             | Error::PageLocked { duplicate: true, .. } => Errno::EINVAL,
             Error::Overflow { .. } => Errno::EOVERFLOW,
             Error::Fault { .. } | Error::NoPage { .. } => Errno::EFAULT,
@@ -204,8 +275,12 @@ impl Error {
             Error::NotOwner { .. } => Errno::EPERM,
             Error::WouldDeadlock { .. } => Errno::EDEADLK,
             Error::Open(failure) => failure.errno(),
-            Error::Sys { errno, .. } | Error::MemoryLock { errno, .. } => *errno,
+            Error::Sys { errno, .. }
+            | Error::MemoryLock { errno, .. }
+            | Error::HugePages { errno, .. }
+            | Error::NotCollapsed { errno, .. } => *errno,
             Error::Unsupported { .. } => Errno::EOPNOTSUPP,
+            Error::NotPopulated { .. } => Errno::ENOMEM,
         }
     }
 

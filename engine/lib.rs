@@ -25,7 +25,11 @@
 //! # }
 //! ```
 //!
-//! The library never prints, never aborts, and installs no signal handler. Its threads block every signal. It installs
+//! With the cargo feature `tracing` it tells a subscriber of that crate what happens outside the way of a fault (targets
+//! `kiomap::…`), on a thread of its own; `docs/operations.md` lists the events.
+//!
+//! The library never prints, never aborts, and installs no signal handler unless asked to ([`Delivery::InThread`]). Its
+//! threads block every signal. It installs
 //! fork handlers (`pthread_atfork`) when the first engine is built.
 //!
 //! # Safety of what is mapped
@@ -37,6 +41,7 @@
 
 mod error;
 mod fork;
+mod inthread;
 mod kiobuf;
 mod page;
 mod process;
@@ -46,20 +51,28 @@ mod snapshot;
 mod space;
 mod stats;
 mod sys;
+mod trace;
 mod vmap;
 
 pub use error::{Error, Result};
+pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock, PageSource};
 pub use page::page_size;
-pub use region::{AttachOptions, Region, Sharing};
-pub use runtime::engine::{Engine, EngineBuilder, FAULT_AROUND_MAX_PAGES, Shutdown, WORKERS_MAX};
+pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
+pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
+pub use runtime::crew::HANDLERS_MAX;
+pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
+pub use runtime::placement::Placement;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
-pub use stats::{SpaceStats, Stats};
+pub use stats::latency::FaultLatency;
+pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,
     range_ioctls,
 };
 pub use vmap::fill::FillProgress;
+pub use vmap::object::Backing;
+pub use vmap::page_size::PageSize;
 pub use vmap::residency::Residency;
 pub use vmap::{Revoke, Vmap, VmapBuilder};
 

@@ -16,6 +16,7 @@ use crate::space::{AreaRecord, Space};
 use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::VmapCore;
+use crate::vmap::page_size::PageSize;
 use crate::{Error, Result};
 
 /// Lists what an engine serves ([`Engine::snapshot`](crate::Engine::snapshot)); as text, it is a table.
@@ -38,11 +39,15 @@ pub struct VmapSnapshot {
     pub device: (u64, u64),
     /// The inode of its memfd, as `/proc/PID/maps` shows it.
     pub inode: u64,
+    /// The byte of its memfd at which the first page of its list lies.
+    pub offset: u64,
     /// The pages of its list.
     pub nr_pages: u64,
+    /// The size of the pages that it consists of ([`VmapBuilder::page_size`](crate::VmapBuilder::page_size)).
+    pub page_size: PageSize,
     /// The areas attached, in all processes.
     pub refcount: usize,
-    /// The bytes that its pages take, in memory or in swap.
+    /// The bytes that the pages of its memfd take, in memory or in swap.
     pub resident_bytes: u64,
     /// Where the engine's process maps it without access, to fill pages through; not an area.
     pub window: Option<Range<usize>>,
@@ -130,7 +135,9 @@ impl VmapSnapshot {
             id: vmap.id,
             device: (nix::sys::stat::major(stat.st_dev), nix::sys::stat::minor(stat.st_dev)),
             inode: stat.st_ino,
+            offset: vmap.object.base(),
             nr_pages: vmap.nr_pages(),
+            page_size: vmap.page(),
             refcount: vmap.refcount(),
             resident_bytes: stat.st_blocks as u64 * 512,
             window: vmap.contents().window.map(|window| window.range()),
@@ -181,11 +188,15 @@ fn waiting(uffd: &Userfault) -> Result<(u64, u64)> {
 impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for vmap in &self.vmaps {
-            let VmapSnapshot { id, device: (major, minor), inode, nr_pages, refcount, resident_bytes, .. } = vmap;
+            let VmapSnapshot {
+                id, device: (major, minor), inode, nr_pages, page_size, refcount, resident_bytes, ..
+            } = vmap;
+            let huge =
+                if page_size.is_huge() { format!(" in {} KiB", page_size.bytes() / 1024) } else { String::new() };
             let kib = resident_bytes / 1024;
             writeln!(
                 f,
-                "vmap {id}: {nr_pages} pages, {kib} KiB resident, {refcount} areas, memfd {major:02x}:{minor:02x} {inode}"
+                "vmap {id}: {nr_pages} pages{huge}, {kib} KiB resident, {refcount} areas, memfd {major:02x}:{minor:02x} {inode}"
             )?;
         }
         for SpaceSnapshot { pid, pending, total, areas } in &self.spaces {

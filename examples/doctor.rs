@@ -304,10 +304,14 @@ fn limits(missing: &mut Vec<Missing>) -> Result<Vec<Fact>> {
     };
     let (total, free) = (pool("nr_hugepages"), pool("free_hugepages"));
     if total == "0" {
-        let knob = "set the sysctl vm.nr_hugepages (the engine itself does not use any)".to_owned();
+        let knob = "set the sysctl vm.nr_hugepages (only vmaps that are built of huge pages use them)".to_owned();
         missing.push(Missing { what: "2 MiB pages in the hugetlb pool".to_owned(), knob });
     }
-    add("2 MiB hugetlb pool", format!("{total} pages"), format!("{free} free; the engine itself does not use any"));
+    add(
+        "2 MiB hugetlb pool",
+        format!("{total} pages"),
+        format!("{free} free; only vmaps that are built of huge pages use them"),
+    );
     Ok(limits)
 }
 

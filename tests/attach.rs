@@ -441,7 +441,7 @@ fn a_late_answer_does_not_hit_the_next_region() {
 #[test]
 fn a_drop_frees_the_threads_that_wait() {
     alone("a_drop_frees_the_threads_that_wait", || {
-        let engine = engine_builder().build().unwrap();
+        let engine = engine_builder().fault_around_pages(16).build().unwrap();
         let (stuck, waiting) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
         let (still, came) = (Arc::clone(&stuck), Arc::clone(&waiting));
         let list = source(64, move |_, _| {

@@ -182,8 +182,9 @@ fn running_out_of_descriptors_is_an_error_at_every_step() {
             no_engine_is_left(fds);
         }
         stages.dedup();
-        // The vmap, the dup of the file, and the engine take descriptors; what comes after them takes none.
-        assert_eq!(stages, [2, 1, 0]);
+        // The vmap, the dup of the file, and the engine take descriptors; what comes after them takes none. Without privileges
+        // the engine gives one back when it is built, which is enough for the dup.
+        assert!(stages == [2, 1, 0] || stages == [2, 0], "{stages:?}");
         life(&file).unwrap();
     });
 }

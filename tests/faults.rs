@@ -320,7 +320,7 @@ fn handlers_stacks_and_masks_of_the_application_are_untouched() {
             engine_threads_block_everything(1);
         });
         support::reap_ok(pid);
-        // Fault, keeper, callback, and four workers.
+        // Fault, keeper, callback, four workers; and those that some placements and several handlers have besides.
         engine_threads_block_everything(7);
         drop(region);
         engine.shutdown(Shutdown::Poison).unwrap();
@@ -329,7 +329,7 @@ fn handlers_stacks_and_masks_of_the_application_are_untouched() {
 }
 
 /// Checks the masks of the threads of this process that bear the engine's names.
-fn engine_threads_block_everything(expected: usize) {
+fn engine_threads_block_everything(at_least: usize) {
     let mut seen = 0;
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let task = task.unwrap().path();
@@ -346,12 +346,12 @@ fn engine_threads_block_everything(expected: usize) {
         // Where the application's code runs (sources, callbacks, drops), what that code itself raises stays open: a
         // SIGBUS that is blocked would end the process whatever handler it has.
         let raised = [libc::SIGBUS, libc::SIGSEGV, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
-        let bare = ["kiomap-fault", "kiomap-guard"].contains(&name.trim());
+        let bare = ["kiomap-fault", "kiomap-crew", "kiomap-watch", "kiomap-guard"].contains(&name.trim());
         let open = if bare { 0 } else { raised.iter().fold(0, |bits, s| bits | 1u64 << (s - 1)) };
         assert_eq!(blocked | unblockable, !open | unblockable, "{name}: {blocked:x}");
         assert_eq!(blocked & open, 0, "{name}: {blocked:x}");
     }
-    assert_eq!(seen, expected);
+    assert!(seen >= at_least, "{seen} threads of the engine");
 }
 
 /// Something that a page list keeps alive, and that owns parts of the engine itself.

@@ -1,26 +1,35 @@
-//! What the fault-handling thread does not do: allocate or free memory, or make more calls than a fault needs.
+//! What the fault-handling threads do not do: allocate or free memory, or make more calls than a fault needs.
 
+#[allow(dead_code, reason = "the floor of the benchmarks, of which a part is used")]
+#[path = "../bench/common/raw.rs"]
+mod floor;
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-use kiomap::{AttachOptions, Engine, Kiobuf, Region, Revoke, page_size};
+use floor::{Memory, Message, Waiting};
+use kiomap::{AttachOptions, Engine, Kiobuf, OpenWay, PageSize, Region, Revoke, page_size};
+use support::calls::{Calls, calls_of};
+use support::pool::{per_huge, with_pool};
 use support::scene::{Rng, at, child};
-use support::{alone, engine_builder, mark, pages, reap_ok, touch};
+use support::{alone, assert_sigbus, engine_builder, holes, mark, pages, reap_ok, touch};
 
-/// The thread that is watched; 0 when none is.
-static WATCHED: AtomicI32 = AtomicI32::new(0);
+/// The threads that are watched; 0 for none.
+static WATCHED: [AtomicI32; 8] = [const { AtomicI32::new(0) }; 8];
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 static FREES: AtomicU64 = AtomicU64::new(0);
 
-/// Counts what one thread asks of the allocator. It looks at the thread's id by a system call: a thread-local variable
+/// Counts what some threads ask of the allocator. It looks at the thread's id by a system call: a thread-local variable
 /// may itself allocate.
 struct Counting;
 
 fn count(counter: &AtomicU64) {
-    let watched = WATCHED.load(Ordering::Relaxed);
-    if watched != 0 && nix::unistd::gettid().as_raw() == watched {
+    if WATCHED[0].load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    let this = nix::unistd::gettid().as_raw();
+    if WATCHED.iter().any(|watched| watched.load(Ordering::Relaxed) == this) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -55,29 +64,40 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The id of the engine's fault-handling thread.
-fn fault_thread() -> i32 {
+/// The ids of the engine's fault-handling threads.
+fn fault_threads() -> Vec<i32> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
-    let mut found = tasks.filter_map(|task| {
+    let found = tasks.filter_map(|task| {
         let task = task.unwrap();
         let comm = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        (comm.trim() == "kiomap-fault").then(|| task.file_name().to_str().unwrap().parse().unwrap())
+        comm.starts_with(FAULT_THREAD).then(|| task.file_name().to_str().unwrap().parse().unwrap())
     });
-    let thread = found.next().expect("the engine has a fault-handling thread");
-    assert_eq!(found.next(), None);
-    thread
+    found.collect()
 }
 
-/// Runs `body` and says how often the fault-handling thread allocated and freed meanwhile.
+/// What the names of fault-handling threads begin with.
+const FAULT_THREAD: &str = "kiomap-fault";
+
+/// Watches these threads and no others.
+fn watch(threads: &[i32]) {
+    assert!(threads.len() <= WATCHED.len());
+    for (n, watched) in WATCHED.iter().enumerate() {
+        watched.store(threads.get(n).copied().unwrap_or(0), Ordering::Relaxed);
+    }
+}
+
+/// Runs `body` and says how often the fault-handling threads allocated and freed meanwhile.
 fn watching(engine: &Engine, body: impl FnOnce()) -> (u64, u64) {
     // Whatever the thread does once, at its start, is behind it.
     engine.settle().unwrap();
     ALLOCATIONS.store(0, Ordering::Relaxed);
     FREES.store(0, Ordering::Relaxed);
-    WATCHED.store(fault_thread(), Ordering::Relaxed);
+    let threads = fault_threads();
+    assert!(!threads.is_empty(), "the engine has a fault-handling thread");
+    watch(&threads);
     body();
     engine.settle().unwrap();
-    WATCHED.store(0, Ordering::Relaxed);
+    watch(&[]);
     (ALLOCATIONS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed))
 }
 
@@ -91,9 +111,9 @@ const PAGES: u64 = 10_000;
 #[test]
 fn the_counting_allocator_sees_a_watched_thread() {
     alone("the_counting_allocator_sees_a_watched_thread", || {
-        WATCHED.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
+        watch(&[nix::unistd::gettid().as_raw()]);
         drop(std::hint::black_box(vec![1u8; 100]));
-        WATCHED.store(0, Ordering::Relaxed);
+        watch(&[]);
         assert_eq!((ALLOCATIONS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed)), (1, 1));
         std::thread::spawn(|| drop(std::hint::black_box(vec![1u8; 100]))).join().unwrap();
         assert_eq!((ALLOCATIONS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed)), (1, 1));
@@ -111,19 +131,88 @@ fn faults_on_memory_allocate_nothing() {
     });
 }
 
+/// A list of `nr_pages` marked pages of a file that the page cache holds.
+fn cached_file(nr_pages: u64) -> Kiobuf {
+    use std::io::Write;
+    let mut file = tempfile::tempfile().unwrap();
+    for page in 0..nr_pages {
+        file.write_all(&vec![mark(page); page_size()]).unwrap();
+    }
+    let mut list = Kiobuf::new();
+    list.map_file(&file, 0..nr_pages * page_size() as u64).unwrap();
+    list
+}
+
+fn zeros(nr_pages: u64) -> Kiobuf {
+    let mut list = Kiobuf::new();
+    list.map_zero(nr_pages).unwrap();
+    list
+}
+
+/// Engines as they are by default, and those of two settings, with every kind of page, touched by several threads at once
+/// in an order of their own: no allocation.
+#[test]
+fn faults_of_every_kind_at_default_settings_allocate_nothing() {
+    alone("faults_of_every_kind_at_default_settings_allocate_nothing", || {
+        const EACH: u64 = 2000;
+        let mut list = pages(EACH);
+        for part in [cached_file(EACH), zeros(EACH), holes(EACH)] {
+            list.expand(&part).unwrap();
+        }
+        for builder in [engine_builder(), engine_builder().fault_around_pages(64), engine_builder().workers(1)] {
+            let engine = builder.build().unwrap();
+            let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
+            let watched = watching(&engine, || {
+                std::thread::scope(|scope| {
+                    for seed in 0..3 {
+                        let region = &region;
+                        scope.spawn(move || {
+                            let mut order: Vec<u64> = (0..4 * EACH).collect();
+                            Rng::new(seed).shuffle(&mut order);
+                            for page in order {
+                                match page / EACH {
+                                    0 => assert_eq!(touch::read(at(region, page)), Ok(mark(page))),
+                                    1 => assert_eq!(touch::read(at(region, page)), Ok(mark(page - EACH))),
+                                    2 => assert_eq!(touch::read(at(region, page)), Ok(0)),
+                                    _ => assert_sigbus(region, page),
+                                }
+                            }
+                        });
+                    }
+                });
+            });
+            assert_eq!(watched, (0, 0));
+        }
+    });
+}
+
+/// Ten thousand faults that the touching thread answers itself, in a signal handler: it allocates nothing.
+#[test]
+fn faults_that_their_own_thread_answers_allocate_nothing() {
+    alone("faults_that_their_own_thread_answers_allocate_nothing", || {
+        touch::prepare();
+        let builder = engine_builder().delivery(kiomap::Delivery::InThread);
+        let engine = builder.fault_around_pages(1).build().unwrap();
+        let region = engine.vmap(&pages(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
+        ALLOCATIONS.store(0, Ordering::Relaxed);
+        FREES.store(0, Ordering::Relaxed);
+        WATCHED[0].store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
+        touch_all(&region, PAGES);
+        WATCHED[0].store(0, Ordering::Relaxed);
+        assert_eq!((ALLOCATIONS.load(Ordering::Relaxed), FREES.load(Ordering::Relaxed)), (0, 0));
+        assert_eq!(engine.stats().faults, PAGES);
+        // The fault-handling thread, which reads what changes, none either.
+        let region = engine.vmap(&pages(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
+        assert_eq!(watching(&engine, || touch_all(&region, PAGES)), (0, 0));
+    });
+}
+
 /// Ten thousand faults on a file that the page cache holds: no allocation.
 #[test]
 fn faults_on_a_cached_file_allocate_nothing() {
     alone("faults_on_a_cached_file_allocate_nothing", || {
-        use std::io::Write;
-        let mut file = tempfile::tempfile().unwrap();
-        for page in 0..PAGES {
-            file.write_all(&vec![mark(page); page_size()]).unwrap();
-        }
-        let mut list = Kiobuf::new();
-        list.map_file(&file, 0..PAGES * page_size() as u64).unwrap();
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
-        let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
+        let region = engine.vmap(&cached_file(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
         assert_eq!(watching(&engine, || touch_all(&region, PAGES)), (0, 0));
         assert_eq!(engine.stats().faults, PAGES);
     });
@@ -147,6 +236,36 @@ fn slow_faults_and_refused_ones_allocate_nothing() {
             }
         });
         assert_eq!(watched, (0, 0));
+    });
+}
+
+/// Faults on huge pages, copied straight, composed at once or by a worker, or refused: no allocation.
+#[test]
+fn faults_on_huge_pages_allocate_nothing() {
+    with_pool("faults_on_huge_pages_allocate_nothing", || {
+        let engine = engine_builder().build().unwrap();
+        let n = per_huge();
+        let part = |build: &dyn Fn(&mut Kiobuf)| {
+            let mut list = Kiobuf::new();
+            build(&mut list);
+            list
+        };
+        let zeros = part(&|list| list.map_zero(n + 5).unwrap());
+        let holes = part(&|list| list.map_hole(n).unwrap());
+        let mut parts = vec![pages(2 * n), zeros, pages(n - 5), holes];
+        if !support::taken_away().contains(kiomap::Features::THREAD_ID) {
+            parts.push(support::source(2 * n, |_, _| Ok(())));
+        }
+        let list = Kiobuf::concat(&parts).unwrap();
+        let vmap = engine.vmap_builder(&list).page_size(PageSize::Huge2M).build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let touch = || {
+            for page in (0..list.nr_pages()).step_by(n as usize) {
+                assert_eq!(touch::read(at(&region, page)).is_err(), page == 4 * n, "page {page}");
+            }
+        };
+        assert_eq!(watching(&engine, touch), (0, 0));
+        assert_eq!(engine.stats().faults, list.nr_pages() / n);
     });
 }
 
@@ -212,7 +331,8 @@ fn events_and_commands_allocate_nothing() {
 #[test]
 fn a_fault_by_itself_costs_one_read_and_one_copy() {
     alone("a_fault_by_itself_costs_one_read_and_one_copy", || {
-        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        // A member of a crew wakes by itself.
+        let engine = engine_builder().handlers(1).fault_around_pages(1).build().unwrap();
         let region = engine.vmap(&pages(PAGES)).unwrap().attach(&AttachOptions::new()).unwrap();
         let before = engine.stats();
         touch_all(&region, PAGES);
@@ -223,4 +343,153 @@ fn a_fault_by_itself_costs_one_read_and_one_copy() {
         assert_eq!(after.pages_copied - before.pages_copied, PAGES);
         assert_eq!((after.wakes, after.already_present, after.parked), (before.wakes, 0, 0));
     });
+}
+
+/// Faults whose calls are counted.
+const TRACED: u64 = 1000;
+
+/// The calls of the fault-handling threads of an engine while each page of a list is touched once, at the settings of
+/// `builder`; the first page of the list was touched before.
+fn calls_of_engine(list: &Kiobuf, builder: impl Fn() -> kiomap::EngineBuilder) -> nix::Result<Calls> {
+    calls_of(FAULT_THREAD, || {
+        let engine = builder().build().unwrap();
+        let region = engine.vmap(list).unwrap().attach(&AttachOptions::new()).unwrap();
+        let _ = touch::read(at(&region, 0));
+        engine.settle().unwrap();
+        move || {
+            (1..=TRACED).for_each(|page| _ = touch::read(at(&region, page)));
+            // It lives until the process ends.
+            std::mem::forget(engine);
+        }
+    })
+}
+
+/// The calls of a bare loop, which reads a fault and copies a page.
+fn calls_of_the_floor() -> nix::Result<Calls> {
+    const FLOOR: &str = "floor";
+    calls_of(FLOOR, || {
+        let uffd = floor::Uffd::open(OpenWay::UserModeOnly, Waiting::Read).unwrap();
+        let nr_pages = TRACED as usize + 1;
+        let memory = floor::Mapping::new(Memory::Memfd, nr_pages, nr_pages).unwrap();
+        uffd.register(&memory).unwrap();
+        let start = memory.addr();
+        // Both live until the process ends.
+        std::mem::forget(memory);
+        let source = vec![7u8; page_size()];
+        let answer = move || {
+            let mut messages = [Message::default(); 16];
+            loop {
+                uffd.wait(&mut messages, |addr| {
+                    // SAFETY: the page is missing, of a mapping to which no reference exists.
+                    unsafe { uffd.copy(addr & !(page_size() - 1), source.as_ptr(), page_size()) }.unwrap();
+                })
+                .unwrap();
+            }
+        };
+        std::thread::Builder::new().name(FLOOR.into()).spawn(answer).unwrap();
+        let touch = move |page: u64| assert_eq!(touch::read((start + page as usize * page_size()) as *mut u8), Ok(7));
+        touch(0);
+        move || (1..=TRACED).for_each(touch)
+    })
+}
+
+/// Whether this run of the suite sets how many handlers an engine has, and more than one.
+fn has_several_handlers() -> bool {
+    std::env::var("KIOMAP_TEST_HANDLERS").is_ok_and(|handlers| handlers != "1")
+}
+
+/// What a fault costs in system calls, by the kernel's own count: a bare loop makes two for each fault, a read and a copy.
+#[test]
+fn a_bare_loop_makes_two_calls_for_each_fault() {
+    alone("a_bare_loop_makes_two_calls_for_each_fault", || {
+        let calls = skip_untraceable!(calls_of_the_floor());
+        assert_eq!(calls.of(libc::SYS_ioctl), TRACED, "{calls:?}");
+        // The last read is the one in which it waits; the first was entered before.
+        assert!((TRACED..=TRACED + 1).contains(&calls.of(libc::SYS_read)), "{calls:?}");
+        assert!(calls.all() <= 2 * TRACED + 1, "{calls:?}");
+    });
+}
+
+/// As the bare loop, but for less than one: a read and the ioctl that installs and wakes, while a thread faults without a pause; and now and then a
+/// look at everything else. A page of a file takes one call more, which reads it.
+#[test]
+fn an_engine_makes_the_calls_of_a_bare_loop_and_few_more() {
+    alone("an_engine_makes_the_calls_of_a_bare_loop_and_few_more", || {
+        if has_several_handlers() {
+            skip!("what is counted is the calls of one handler by itself");
+        }
+        let one_by_one = || engine_builder().fault_around_pages(1);
+        let nr_pages = TRACED + 1;
+        for (what, list, file_reads) in
+            [("memory", pages(nr_pages), 0), ("zeros", zeros(nr_pages), 0), ("a cached file", cached_file(nr_pages), 1)]
+        {
+            // The touching thread may lose its processor and so pause, which this is not about: the best of some tries.
+            let mut tries = Vec::new();
+            for _ in 0..10 {
+                let calls = skip_untraceable!(calls_of_engine(&list, one_by_one));
+                // Never a second try, nor a wake-up by itself.
+                assert!((TRACED..TRACED + 8).contains(&calls.of(libc::SYS_ioctl)), "{what}: {calls:?}");
+                assert_eq!(calls.of(libc::SYS_preadv2), file_reads * TRACED, "{what}: {calls:?}");
+                assert!(calls.all() < (4 + file_reads) * TRACED + 100, "{what}: {calls:?}");
+                let more = calls.all() - (2 + file_reads) * TRACED;
+                tries.push(calls);
+                if more < TRACED {
+                    break;
+                }
+            }
+            assert!(tries.len() < 10, "{what}: more than 3 calls for each fault: {tries:?}");
+        }
+    });
+}
+
+/// A page that can't be had takes one call more than a page: the kernel is asked first whether it came meanwhile.
+#[test]
+fn a_hole_costs_one_call_more_than_a_page() {
+    alone("a_hole_costs_one_call_more_than_a_page", || {
+        if has_several_handlers() {
+            skip!("what is counted is the calls of one handler by itself");
+        }
+        if support::taken_away().contains(kiomap::Features::POISON) {
+            skip!("a page is masked in more calls than it is poisoned");
+        }
+        let one_by_one = || engine_builder().fault_around_pages(1);
+        let calls = skip_untraceable!(calls_of_engine(&holes(TRACED + 1), one_by_one));
+        assert!((2 * TRACED..2 * TRACED + 8).contains(&calls.of(libc::SYS_ioctl)), "{calls:?}");
+        assert!(calls.all() < 5 * TRACED + 100, "{calls:?}");
+    });
+}
+
+/// A fault by itself, after which nothing comes: the wait that it ends, a read, the ioctl, and a read that finds nothing more.
+#[test]
+fn a_fault_by_itself_costs_four_calls() {
+    alone("a_fault_by_itself_costs_four_calls", || {
+        if has_several_handlers() {
+            skip!("what is counted is the calls of one handler by itself");
+        }
+        const FAULTS: u64 = 100;
+        let calls = calls_of(FAULT_THREAD, || {
+            // Neither following nor spinning: those look more than once before they sleep.
+            let builder = engine_builder().fault_around_pages(1).placement(kiomap::Placement::Floating);
+            let engine = builder.build().unwrap();
+            let region = engine.vmap(&pages(FAULTS)).unwrap().attach(&AttachOptions::new()).unwrap();
+            engine.settle().unwrap();
+            let handlers = fault_threads();
+            move || {
+                for page in 0..FAULTS {
+                    // It waits; what stops it for being traced is another state.
+                    support::eventually("the handler sleeps", || handlers.iter().all(|&thread| is_asleep(thread)));
+                    assert_eq!(touch::read(at(&region, page)), Ok(mark(page)));
+                }
+                std::mem::forget(engine);
+            }
+        });
+        let calls = skip_untraceable!(calls);
+        assert!((FAULTS..FAULTS + 2).contains(&calls.of(libc::SYS_ioctl)), "{calls:?}");
+        assert!(calls.all() <= 4 * FAULTS + 32, "{calls:?}");
+    });
+}
+
+fn is_asleep(thread: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+    stat.rsplit(')').next().unwrap().trim_start().starts_with('S')
 }

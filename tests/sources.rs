@@ -112,7 +112,7 @@ fn a_source_that_fails_for_many_pages_is_asked_for_one() {
 #[test]
 fn a_slow_source_holds_up_nobody_else() {
     alone("a_slow_source_holds_up_nobody_else", || {
-        let engine = engine_builder().build().unwrap();
+        let engine = engine_builder().fault_around_pages(16).build().unwrap();
         let (gate, calls) = (Gate::default(), Arc::new(AtomicU64::new(0)));
         let (passed, counted) = (gate.clone(), Arc::clone(&calls));
         let slow = source(16, move |_, _| {
@@ -430,7 +430,7 @@ fn a_callback_that_touches_a_hole_gets_its_signal_handled() {
 #[test]
 fn a_shutdown_answers_a_touch_whose_source_is_stuck() {
     alone("a_shutdown_answers_a_touch_whose_source_is_stuck", || {
-        let engine = engine_builder().build().unwrap();
+        let engine = engine_builder().fault_around_pages(16).build().unwrap();
         let gate = Gate::default();
         let passed = gate.clone();
         let region = attach(

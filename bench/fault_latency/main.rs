@@ -19,29 +19,30 @@
 //! | `_2threads` | two touching threads on two processors; the handler runs where the scheduler likes |
 //! | `_child` | a forked child touches |
 
-mod clock;
+#[path = "../common/mod.rs"]
+mod common;
 mod measure;
 mod plot;
-mod raw;
 mod report;
 mod series;
 mod subject;
-mod touch;
 
-use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use kiomap::{Engine, OpenWay};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use kiomap::Engine;
 
+use crate::common::document::{Output, placed};
+use crate::common::machine::{busy_seconds, open_way_name};
+use crate::common::numbers::turn;
+use crate::common::source::Source;
+use crate::common::{clock, raw, touch, watch};
 use crate::measure::{Sample, Summary};
 use crate::report::{Circumstances, Report, Row};
-use crate::subject::{Source, Surroundings};
+use crate::subject::Surroundings;
 
 /// Measures the latency of page faults: the kernel's own, a bare userfaultfd loop's, the engine's.
 #[derive(Parser)]
@@ -92,7 +93,6 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    // Opened first: nobody wants to hear after the measurement that a file can't be written.
     let open = |path: &Option<PathBuf>| path.as_deref().map(Output::open).transpose();
     let (json, plot, markdown) = (open(&arguments.json)?, open(&arguments.plot)?, open(&arguments.markdown)?);
 
@@ -106,7 +106,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     if let Some(mut output) = markdown {
         let document = output.read()?;
-        output.write(&report::placed(&document, &report.markdown()))?;
+        output.write(&placed(&document, &report.markdown()))?;
     }
     Ok(())
 }
@@ -129,7 +129,7 @@ fn measure_all(arguments: &Arguments) -> Result<Report> {
 
     let way = Engine::new().context("the engine can't be built here")?.open_way();
     touch::catch_sigbus()?;
-    watch_passes()?;
+    watch::watch_passes()?;
     let clock = clock::calibrate();
     raw::warm_up(extent.warm_bytes)?;
     let around = Surroundings { source: Source::new(extent.pages)?, way, cpu };
@@ -163,74 +163,4 @@ fn measure_all(arguments: &Arguments) -> Result<Report> {
         foreign_cpus,
     };
     Ok(Report { rows, circumstances })
-}
-
-/// The series whose turn it is: each repetition starts elsewhere, every other one goes backwards, so that none always
-/// follows the same one.
-fn turn(step: usize, repetition: usize, repetitions: usize, len: usize) -> usize {
-    let start = repetition * len / repetitions;
-    let forth = (start + step) % len;
-    if repetition.is_multiple_of(2) { forth } else { len - 1 - forth }
-}
-
-fn open_way_name(way: OpenWay) -> &'static str {
-    match way {
-        OpenWay::Device => "/dev/userfaultfd",
-        OpenWay::Syscall => "userfaultfd(2)",
-        OpenWay::UserModeOnly => "userfaultfd(2), user mode only",
-    }
-}
-
-/// What all processors have worked since the machine started, if the kernel says so.
-fn busy_seconds() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/stat").ok()?;
-    let ticks: Vec<f64> = stat.lines().next()?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
-    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
-    // user, nice, system; then come idle and iowait; then irq and softirq.
-    Some((ticks.get(..3)?.iter().sum::<f64>() + ticks.get(5..7)?.iter().sum::<f64>()) / per_second as f64)
-}
-
-extern "C" fn on_alarm(_: libc::c_int) {
-    let text = "fault_latency: a pass has hung: a fault was not answered\n";
-    // SAFETY: both calls are async-signal-safe, and the text is as long as it says.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
-        libc::_exit(1)
-    }
-}
-
-/// Ends the process if a pass hangs: what waits for a page that never comes can't be asked to stop.
-fn watch_passes() -> Result<()> {
-    let action = SigAction::new(SigHandler::Handler(on_alarm), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handler makes two system calls that are allowed in one.
-    unsafe { sigaction(Signal::SIGALRM, &action) }.context("sigaction for SIGALRM")?;
-    Ok(())
-}
-
-/// A file that results go into.
-struct Output {
-    path: PathBuf,
-    file: File,
-}
-
-impl Output {
-    fn open(path: &Path) -> Result<Output> {
-        let options = File::options().read(true).write(true).create(true).truncate(false).open(path);
-        Ok(Output {
-            file: options.with_context(|| format!("opening {} for writing", path.display()))?,
-            path: path.into(),
-        })
-    }
-
-    fn read(&mut self) -> Result<String> {
-        let mut text = String::new();
-        self.file.read_to_string(&mut text).with_context(|| format!("reading {}", self.path.display()))?;
-        Ok(text)
-    }
-
-    fn write(&mut self, text: &str) -> Result<()> {
-        let replaced =
-            self.file.set_len(0).and_then(|()| self.file.rewind()).and_then(|()| self.file.write_all(text.as_bytes()));
-        replaced.with_context(|| format!("writing {}", self.path.display()))
-    }
 }

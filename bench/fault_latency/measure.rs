@@ -7,14 +7,13 @@ use kiomap::page_size;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
-use crate::clock::Clock;
-use crate::raw::{Mapping, resident, run_on};
+use crate::common::clock::Clock;
+use crate::common::numbers::{quantile, shuffle};
+use crate::common::raw::{Mapping, resident, run_on};
+use crate::common::touch::{Contents, Pass, count_wrong, pass};
+use crate::common::watch::PASS_SECONDS;
 use crate::series::{Order, Placement, Series};
 use crate::subject::{Ready, Surroundings};
-use crate::touch::{Contents, Pass, count_wrong, pass};
-
-/// Seconds after which a pass counts as hung.
-const PASS_SECONDS: u32 = 120;
 
 /// What one pass of a series measured.
 #[derive(Debug)]
@@ -90,17 +89,6 @@ fn orders(series: &Series, pages: usize, repetition: usize) -> Vec<Vec<usize>> {
         vec![even, odd]
     } else {
         vec![order]
-    }
-}
-
-/// Shuffles by Fisher and Yates; xorshift is random enough, and every run touches alike.
-fn shuffle(order: &mut [usize], seed: u64) {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    for last in (1..order.len()).rev() {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        order.swap(last, (state % (last as u64 + 1)) as usize);
     }
 }
 
@@ -196,10 +184,4 @@ impl Summary {
             wall_ns_per_page: over(&|sample| sample.wall_ns_per_page),
         }
     }
-}
-
-/// The value of a sorted, non-empty list below which a share of its values lies (nearest rank).
-pub(crate) fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let rank = (sorted.len() as f64 * share).ceil() as usize;
-    sorted[rank.clamp(1, sorted.len()) - 1]
 }

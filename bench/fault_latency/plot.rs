@@ -1,19 +1,16 @@
 //! The picture: how long single faults take, and what a page costs.
 
-use std::ops::Range;
-
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 
-use crate::measure::quantile;
+use crate::common::axis::{FONT, Logarithmic};
+use crate::common::numbers::quantile;
 use crate::report::{Report, Row};
 
 const SIZE: (u32, u32) = (1280, 680);
 /// Pixels from the left, to the right part; from the top, to the legend of the left part.
 const SPLIT: (u32, u32) = (840, 560);
-const FONT: &str = "DejaVu Sans, Arial, sans-serif";
 
 /// The series of the left part, what the legend says, and their colours: a palette that colour-blind people tell
 /// apart.
@@ -47,28 +44,6 @@ fn draw(root: &Area<'_>, report: &Report) -> Drawn {
     let (curves, names) = left.split_vertically(SPLIT.1);
     distributions(&curves, &names, report)?;
     pages(&right, report)
-}
-
-/// A logarithmic axis with lines at 1, 2 and 5 of each decade; the library's own has powers of ten only.
-struct Logarithmic(Range<f64>);
-
-impl Ranged for Logarithmic {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, (from, to): (i32, i32)) -> i32 {
-        let share = (value / self.0.start).ln() / (self.0.end / self.0.start).ln();
-        from + (share * f64::from(to - from)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
-        let ticks = (-3..7).flat_map(|decade| [1.0, 2.0, 5.0].map(|n| n * 10f64.powi(decade)));
-        ticks.filter(|tick| self.0.contains(tick)).collect()
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.0.clone()
-    }
 }
 
 /// Latencies of faults that bring one page, all passes together, as a cumulative distribution.

@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use crate::clock::Clock;
+use crate::common::clock::Clock;
+use crate::common::machine::Machine;
+use crate::common::numbers::rounded;
+use crate::common::record::Record;
 use crate::measure::{Sample, Summary};
 use crate::series::Series;
 
@@ -37,20 +40,7 @@ pub(crate) struct Report {
 #[derive(Serialize)]
 struct JsonReport {
     version: u32,
-    series: Vec<JsonSeries>,
-}
-
-#[derive(Serialize)]
-struct JsonSeries {
-    name: String,
-    p50_ns: f64,
-    p99_ns: f64,
-    p999_ns: f64,
-    mean_ns: f64,
-    wall_ns_per_page: f64,
-    pages: usize,
-    ratio_to_floor: Option<f64>,
-    ratio_to_native: Option<f64>,
+    series: Vec<Record>,
 }
 
 /// How two series compare.
@@ -97,13 +87,13 @@ impl Report {
             let chosen =
                 |ratios: Ratios| rounded(if row.series.around == 1 { ratios.p50 } else { ratios.wall }, 1000.0);
             let summary = &row.summary;
-            JsonSeries {
+            Record {
                 name: row.series.name(),
-                p50_ns: rounded(summary.p50_ns, 10.0),
-                p99_ns: rounded(summary.p99_ns, 10.0),
-                p999_ns: rounded(summary.p999_ns, 10.0),
-                mean_ns: rounded(summary.mean_ns, 10.0),
-                wall_ns_per_page: rounded(summary.wall_ns_per_page, 10.0),
+                p50_ns: Some(rounded(summary.p50_ns, 10.0)),
+                p99_ns: Some(rounded(summary.p99_ns, 10.0)),
+                p999_ns: Some(rounded(summary.p999_ns, 10.0)),
+                mean_ns: Some(rounded(summary.mean_ns, 10.0)),
+                wall_ns_per_page: Some(rounded(summary.wall_ns_per_page, 10.0)),
                 pages: self.circumstances.pages,
                 ratio_to_floor: self.to_floor(row).map(chosen),
                 ratio_to_native: self.to_native(row).map(chosen),
@@ -195,7 +185,7 @@ impl Report {
         let foreign =
             c.foreign_cpus.map_or("an unknown number".to_owned(), |cpus| format!("about {:.1}", cpus.max(0.0)));
         vec![
-            machine(),
+            Machine::look().line(),
             format!(
                 "{} pages of {} KiB a pass, {} passes of each series, interleaved; medians over the passes; {:.0} s in all",
                 c.pages,
@@ -225,39 +215,6 @@ impl Report {
     }
 }
 
-fn rounded(value: f64, steps: f64) -> f64 {
-    (value * steps).round() / steps
-}
-
 fn cells(ratios: Option<Ratios>) -> [String; 2] {
     ratios.map_or(["–".into(), "–".into()], |r| [format!("{:.2}", r.p50), format!("{:.2}", r.wall)])
-}
-
-/// Processor, number of processors, kernel.
-fn machine() -> String {
-    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
-        Some(line.split_once(':')?.1.trim().to_owned())
-    };
-    let cpu = field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned());
-    let virtual_machine = field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor"));
-    let cpus = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = nix::sys::utsname::uname().map_or_else(
-        |_| "an unknown kernel".to_owned(),
-        |name| format!("Linux {} {}", name.release().to_string_lossy(), name.machine().to_string_lossy()),
-    );
-    let place = if virtual_machine { ", in a virtual machine" } else { "" };
-    format!("{cpu}, {cpus} processors{place}; {kernel}")
-}
-
-/// Puts a section into a document: between its markers, or at its end.
-pub(crate) fn placed(document: &str, section: &str) -> String {
-    const BEGIN: &str = "<!-- results: begin (written by --markdown) -->\n";
-    const END: &str = "<!-- results: end -->\n";
-    let (before, after) = match (document.split_once(BEGIN), document.split_once(END)) {
-        (Some((before, _)), Some((_, after))) => (before, after),
-        _ => (document, ""),
-    };
-    format!("{before}{BEGIN}\n{section}\n{END}{after}")
 }

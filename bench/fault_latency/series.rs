@@ -1,7 +1,7 @@
 //! What is measured: the list of series, their names, and what each is compared with.
 
-use crate::raw::{Memory, Waiting};
-use crate::touch::Contents;
+use crate::common::raw::{Memory, Waiting};
+use crate::common::touch::Contents;
 
 /// Who answers the faults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,18 +1,13 @@
 //! Memory to touch, and who answers for it: the kernel, the floor, the engine. Each is made anew for each pass.
 
-use std::sync::Arc;
-use std::thread::JoinHandle;
-
 use anyhow::{Context, Result, ensure};
-use kiomap::{AttachOptions, Engine, Kiobuf, OpenWay, Region, Stats, page_size};
-use nix::errno::Errno;
+use kiomap::{AttachOptions, Engine, Kiobuf, OpenWay, Region, Stats};
 
-use crate::raw::{Mapping, Memory, Message, Uffd, Waiting, usage};
+use crate::common::floor::{Floor, With};
+use crate::common::raw::{Mapping, usage};
+use crate::common::source::Source;
+use crate::common::touch::Contents;
 use crate::series::{Placement, Series, Subject};
-use crate::touch::{Contents, mark};
-
-/// Messages that the floor reads at once.
-const MESSAGES: usize = 16;
 
 /// What the passes share.
 pub(crate) struct Surroundings {
@@ -24,34 +19,10 @@ pub(crate) struct Surroundings {
     pub(crate) cpu: usize,
 }
 
-/// Pages full of their marks. They begin at a page's start: a list of bytes that do not would be copied page by page
-/// through a buffer.
-#[derive(Clone)]
-pub(crate) struct Source(Arc<Mapping>);
-
-impl Source {
-    pub(crate) fn new(pages: usize) -> Result<Source> {
-        let memory = Mapping::new(Memory::Anon, pages, pages)?;
-        let words = page_size() / size_of::<u64>();
-        for n in 0..pages * words {
-            // SAFETY: the word lies within the mapping, which nobody else knows yet.
-            unsafe { memory.as_ptr().cast::<u64>().add(n).write(mark(n / words)) };
-        }
-        Ok(Source(Arc::new(memory)))
-    }
-}
-
-impl AsRef<[u8]> for Source {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: the mapping lives as long as this value; nobody writes to it any more.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
-    }
-}
-
 /// Memory, untouched, and who answers for it.
 pub(crate) enum Ready {
     Native { memory: Mapping, faults_before: u64 },
-    Floor { memory: Arc<Mapping>, pages: usize, handler: JoinHandle<u64> },
+    Floor(Floor),
     Engine { region: Region, engine: Engine, before: Box<Stats>, child: bool },
 }
 
@@ -63,7 +34,11 @@ impl Ready {
                 let memory = Mapping::new(memory, pages, backed)?;
                 Ok(Ready::Native { memory, faults_before: usage()?.0 })
             }
-            Subject::Floor(memory, waiting) => floor(series, memory, waiting, pages, around),
+            Subject::Floor(memory, waiting) => {
+                let with = if series.is_sigbus() { With::Poison } else { With::Copy(series.around) };
+                let source = around.source.clone();
+                Ok(Ready::Floor(Floor::start(memory, waiting, with, pages, source, around.way, None)?))
+            }
             Subject::Engine => engine(series, pages, around),
         }
     }
@@ -72,7 +47,7 @@ impl Ready {
     pub(crate) fn base(&self) -> usize {
         match self {
             Ready::Native { memory, .. } => memory.as_ptr().expose_provenance(),
-            Ready::Floor { memory, .. } => memory.as_ptr().expose_provenance(),
+            Ready::Floor(floor) => floor.base(),
             Ready::Engine { region, .. } => region.as_ptr().expose_provenance(),
         }
     }
@@ -89,11 +64,8 @@ impl Ready {
                 let most = faults + faults / 8 + 256;
                 ensure!((faults..=most).contains(&seen), "{seen} page faults for {pages} pages, not one each");
             }
-            Ready::Floor { memory, pages, handler } => {
-                // The page behind the last tells the handler that it is done.
-                // SAFETY: the page lies within the mapping; no reference to it exists.
-                unsafe { memory.as_ptr().add(pages * page_size()).write_volatile(1) };
-                let seen = handler.join().ok().context("the floor's handler panicked")?;
+            Ready::Floor(floor) => {
+                let seen = floor.finish()?;
                 ensure!(seen == faults, "the floor answered {seen} faults, not {faults}");
             }
             Ready::Engine { region, engine, before, child } => {
@@ -121,56 +93,6 @@ impl Ready {
         }
         Ok(())
     }
-}
-
-fn floor(series: &Series, memory: Memory, waiting: Waiting, pages: usize, around: &Surroundings) -> Result<Ready> {
-    let memory = Arc::new(Mapping::new(memory, pages + 1, pages + 1)?);
-    let uffd = Uffd::open(around.way, waiting)?;
-    uffd.register(&memory)?;
-    let (range, source) = (Arc::clone(&memory), around.source.clone());
-    let (block, poison) = (series.around * page_size(), series.is_sigbus());
-    let base = memory.as_ptr().expose_provenance();
-    let end = pages * page_size();
-    let handler = std::thread::Builder::new().name("floor".into()).spawn(move || {
-        // Keeps the mapping until the last page is answered.
-        let _range = range;
-        let source = source.as_ref().as_ptr();
-        let mut messages = [Message::default(); MESSAGES];
-        let (mut faults, mut done) = (0, false);
-        while !done {
-            let mut failed = Ok(());
-            let waited = uffd.wait(&mut messages, |addr| {
-                let offset = addr - base;
-                let answer = if offset >= end {
-                    done = true;
-                    // SAFETY: the page is registered, and no reference to it exists; the source has a page.
-                    unsafe { uffd.copy(base + end, source, page_size()) }
-                } else if poison {
-                    faults += 1;
-                    uffd.poison(base + offset, page_size())
-                } else {
-                    faults += 1;
-                    let start = offset / block * block;
-                    let len = block.min(end - start);
-                    // SAFETY: the block is registered, touched through atomics only; the source is as long as it.
-                    unsafe { uffd.copy(base + start, source.add(start), len) }
-                };
-                failed = failed.and(answer);
-            });
-            if let Err(errno) = waited.and(failed) {
-                unanswerable(errno);
-            }
-        }
-        faults
-    });
-    let handler = handler.context("starting the floor's handler")?;
-    Ok(Ready::Floor { memory, pages, handler })
-}
-
-/// Ends the process: a thread would wait for ever.
-fn unanswerable(errno: Errno) -> ! {
-    eprintln!("fault_latency: the floor can't answer a fault: {errno}");
-    std::process::exit(1)
 }
 
 fn engine(series: &Series, pages: usize, around: &Surroundings) -> Result<Ready> {

@@ -173,7 +173,7 @@ impl Guard {
 
 /// Makes a page a SIGBUS.
 fn poison(uffd: &Userfault, addr: usize) -> Refused {
-    match uffd.poison(addr, page_size()).stop {
+    match uffd.poison_page(addr).stop {
         None => Refused::Done,
         Some(Stop::Changing) => Refused::Later,
         Some(_) => {

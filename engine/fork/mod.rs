@@ -29,7 +29,6 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, RwLockWriteGuard, Wea
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use crate::page::page_size;
 use crate::process::ledger::{self, Ledger, Private};
 use crate::process::mapping::{Mapping, Placement};
 use crate::process::{close_gate, descend, gate, open_pidfd};
@@ -316,19 +315,19 @@ impl Drop for Reattached {
 }
 
 fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], taken: &Taken) -> Result<Reattached> {
-    let uffd = Private::open(|| shared.opener.open(shared.features).map(|(uffd, _)| uffd))?;
+    let uffd = Private::open(|| shared.opener.open(shared.child_features()).map(|(uffd, _)| uffd))?;
     let mut attached =
         Reattached { uffd: Arc::new(uffd), mappings: Vec::with_capacity(records.len()), unlocked: Vec::new() };
     for record in records.iter().flat_map(|record| taken.free_of(record)) {
         let vmap =
             shared.vmaps.find_ungated(record.vmap).ok_or(Error::NotInherited { why: "a vmap is unknown".into() })?;
         let (start, len) = (record.start as usize, record.len as usize);
-        let offset = record.pgoff * page_size() as u64;
-        let mapping = Mapping::hidden(vmap.memfd(), len, offset, Placement::Reserved(start))?;
+        let offset = vmap.object.offset_of(record.pgoff)?;
+        let mapping = vmap.object.map(len, offset, Placement::Reserved(start))?;
         attached.mappings.push(mapping);
         attached.uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
         if let Some(mapping) = attached.mappings.last() {
-            if vmap.residency.is_downgraded(vmap.residency.apply(mapping)?) {
+            if vmap.residency.is_downgraded(vmap.lock(mapping)?) {
                 attached.unlocked.push(record.region);
             }
             mapping.reveal(record.is_writable())?;

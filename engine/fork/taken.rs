@@ -37,29 +37,32 @@ impl Taken {
     pub(crate) fn reserve_around(&mut self, records: &[AreaRecord]) -> Result<(), Errno> {
         let mut outcome = Ok(());
         for record in records {
-            outcome = outcome.and(self.reserve(record.start as usize, (record.start + record.len) as usize));
+            let (start, end) = (record.start as usize, (record.start + record.len) as usize);
+            outcome = outcome.and(self.reserve(start, end, record.page_bytes()));
         }
         outcome
     }
 
     /// By halves, as many as there are borders between the free and the taken.
-    fn reserve(&mut self, start: usize, end: usize) -> Result<(), Errno> {
+    fn reserve(&mut self, start: usize, end: usize, granule: usize) -> Result<(), Errno> {
         match reserve(start, end - start) {
-            Err(Errno::EEXIST) if is_all_mapped(start, end - start) => self.note(start, end),
+            Err(Errno::EEXIST) if is_all_mapped(start, end - start) => self.note(start, end, granule),
             Err(Errno::EEXIST) if end - start > page_size() && self.len < MOST_RANGES => {
                 let middle = page_floor(start + (end - start) / 2);
-                self.reserve(start, middle)?;
-                self.reserve(middle, end)
+                self.reserve(start, middle, granule)?;
+                self.reserve(middle, end, granule)
             }
             other => other,
         }
     }
 
-    fn note(&mut self, start: usize, end: usize) -> Result<(), Errno> {
+    /// A huge page that is taken in part is taken: its owner has unmapped all of it.
+    fn note(&mut self, start: usize, end: usize, granule: usize) -> Result<(), Errno> {
+        let (start, end) = (start & !(granule - 1), end.next_multiple_of(granule));
         if let Some(last) = self.ranges[..self.len].last_mut()
-            && last.1 == start
+            && last.1 >= start
         {
-            last.1 = end;
+            last.1 = last.1.max(end);
             return Ok(());
         }
         *self.ranges.get_mut(self.len).ok_or(Errno::EEXIST)? = (start, end);

@@ -7,6 +7,7 @@ use memmap2::Mmap;
 
 use super::PageSource;
 use super::file::PagedFile;
+use super::memfd::Memfd;
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::page::{page_size, pages_for};
@@ -19,6 +20,8 @@ pub enum ExtentKind {
     Memory,
     /// A file, or a file that is mapped into memory.
     File,
+    /// A memfd or another file of tmpfs, whose pages a vmap may show themselves.
+    Memfd,
     /// A [`PageSource`].
     Source,
     /// Pages of zeros.
@@ -49,6 +52,7 @@ pub(super) enum Base {
         file: Arc<PagedFile>,
         at: u64,
     },
+    Memfd(Memfd),
     Source(Arc<dyn PageSource>),
     Zero,
     Hole,
@@ -102,6 +106,7 @@ impl Extent {
         let kind = match self.base {
             Base::Memory(_) => ExtentKind::Memory,
             Base::Mmap(_) | Base::File { .. } => ExtentKind::File,
+            Base::Memfd(_) => ExtentKind::Memfd,
             Base::Source(_) => ExtentKind::Source,
             Base::Zero => ExtentKind::Zero,
             Base::Hole => ExtentKind::Hole,

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -49,6 +49,11 @@ impl PagedFile {
         }
         let file = file.try_clone().map_err(Error::io("dup of a file to map"))?;
         Ok(Self { file, nowait: AtomicBool::new(true) })
+    }
+
+    /// The descriptor.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Reads bytes that the page cache holds; never waits for a disk.

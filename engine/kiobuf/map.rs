@@ -9,6 +9,7 @@ use memmap2::Mmap;
 
 use super::extent::{Base, Extent};
 use super::file::PagedFile;
+use super::memfd::Memfd;
 use super::memory::{Borrowed, Memory};
 use super::{Arena, Inner, Kiobuf, PageSource, maps};
 use crate::error::{Error, Result};
@@ -76,14 +77,21 @@ impl Kiobuf {
 
     /// Maps the pages of an arena (`map_kernel_kiobuf`).
     ///
-    /// Safe code can't write to them any more, except by [`read_from`](Kiobuf::read_from).
+    /// Safe code can't write to them any more, except by [`read_from`](Kiobuf::read_from). An [`Arena::shared`] becomes an
+    /// extent of its memfd, as from [`map_memfd`](Kiobuf::map_memfd): regions that show it themselves write to it, and
+    /// every list that holds it sees that.
     ///
     /// # Errors
     ///
-    /// [`Error::AlreadyMapped`] (`EINVAL`): the list has pages.
+    /// * [`Error::AlreadyMapped`] (`EINVAL`): the list has pages.
+    /// * [`Error::Sys`]: the descriptor of an [`Arena::shared`] can't be duplicated (`EMFILE`).
     pub fn map_kernel(&mut self, arena: Arena) -> Result<()> {
         self.fill(|| {
             let len = arena.len() as u64;
+            let arena = match arena.into_memfd() {
+                Ok(memfd) => return Extent::of_bytes(Base::Memfd(Memfd::open(&memfd, &(0..len))?), 0, len),
+                Err(arena) => arena,
+            };
             Extent::of_bytes(Base::Memory(Memory::Arena(Arc::new(arena))), 0, len)
         })
     }
@@ -106,6 +114,34 @@ impl Kiobuf {
             let file = Arc::new(PagedFile::open(file, &range)?);
             Extent::of_bytes(Base::File { file, at: range.start }, 0, range.end - range.start)
         })
+    }
+
+    /// Maps the bytes `range.start..range.end` of a memfd, or of another file of tmpfs, so that a vmap can show its pages
+    /// *themselves*: whoever writes to the memfd, by `write(2)` or through a mapping of his own, and every region see the
+    /// same bytes, and nothing is copied.
+    ///
+    /// A vmap does so if the list is nothing but one run of the memfd up to its end, the memfd's size is a multiple of the
+    /// page size, and it is sealed with F_SEAL_GROW: past the end of the list a touch is then SIGBUS, whatever becomes
+    /// of a region or of the memfd. Other lists are copied page by page, as from [`map_file`](Kiobuf::map_file): what is
+    /// written to the memfd after a page was touched is then not seen. [`VmapBuilder::backing`](crate::VmapBuilder::backing)
+    /// insists on one or the other, [`Vmap::shares_pages`](crate::Vmap::shares_pages) tells.
+    ///
+    /// A hole of the memfd is zeros, and gets a page when it is touched, as do the holes around it
+    /// ([`fault_around_pages`](crate::EngineBuilder::fault_around_pages)); a shutdown that fills gives one to each. The descriptor is
+    /// duplicated, so that `file` may be closed. If the memfd is truncated later, what is gone is a SIGBUS. If it is sealed
+    /// against writing later, what is attached stays, and nothing more can be: an attach is `EPERM`, and a child that is forked has none
+    /// of the engine's memory, as [`Region::check`](crate::Region::check) says.
+    ///
+    /// # Errors
+    ///
+    /// * [`Error::AlreadyMapped`] (`EINVAL`): the list has pages.
+    /// * [`Error::Invalid`] (`EINVAL`): the range is empty or turned around, begins within a page, or ends within one before
+    ///   the end of the file; the file is not one of tmpfs (hugetlbfs is another), is not open for reading and writing, is
+    ///   open with `O_APPEND`, or is sealed against writing.
+    /// * [`Error::Fault`] (`EFAULT`): the file ends before the range does.
+    /// * [`Error::Sys`]: the file can't be examined, or its descriptor not be duplicated (`EMFILE`).
+    pub fn map_memfd(&mut self, file: &File, range: Range<u64>) -> Result<()> {
+        self.fill(|| Extent::of_bytes(Base::Memfd(Memfd::open(file, &range)?), 0, range.end - range.start))
     }
 
     /// Maps a file that is mapped into memory; its pages are read from disk when they are touched, if they must be.

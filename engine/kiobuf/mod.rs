@@ -16,6 +16,7 @@ mod file;
 mod lock;
 mod map;
 mod maps;
+mod memfd;
 mod memory;
 mod nopage;
 mod outcome;
@@ -28,6 +29,7 @@ mod transfer;
 pub use arena::Arena;
 pub use extent::{ExtentInfo, ExtentKind};
 pub use lock::{LockWait, PageLock};
+pub(crate) use memfd::MemfdRun;
 pub(crate) use nopage::Nopage;
 pub(crate) use outcome::TryRead;
 pub use source::PageSource;
@@ -41,7 +43,8 @@ use extent::{Base, Extent, add_pages};
 /// list borrows is given back when the last snapshot that names it is dropped, on the thread that drops it.
 ///
 /// The pages are a template: shared memory made from the list gets its bytes by *copying* a page when it is first touched.
-/// So one page may stand in several places of a list, and each place becomes a page of its own.
+/// So one page may stand in several places of a list, and each place becomes a page of its own. The one exception is a list
+/// that is a memfd to its end ([`map_memfd`](Kiobuf::map_memfd)): its pages can be shown themselves.
 #[derive(Clone, Default)]
 pub struct Kiobuf {
     inner: Arc<Inner>,
@@ -147,7 +150,7 @@ impl Kiobuf {
             let start = match &extent.base {
                 Base::Memory(memory) => memory.as_ptr().addr(),
                 Base::Mmap(map) => map.as_ptr().addr(),
-                Base::File { .. } | Base::Source(_) | Base::Zero | Base::Hole => return None,
+                Base::File { .. } | Base::Memfd(_) | Base::Source(_) | Base::Zero | Base::Hole => return None,
             };
             // The data is in memory, so that its length is an address difference.
             Some(start..start + extent.data_len() as usize)

@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 
 use super::Kiobuf;
 use super::extent::{Base, Extent};
+use super::memfd::Memfd;
 use super::nopage::extent_at;
 use super::outcome::{ReadFailure, TryRead};
 use crate::page::page_size;
@@ -22,7 +23,7 @@ impl Kiobuf {
         };
         let (position, data) = extent.zero_slack(first, buf);
         match &extent.base {
-            Base::File { file, at } => file.try_read(at + position, data),
+            Base::File { file, at } | Base::Memfd(Memfd { file, at, .. }) => file.try_read(at + position, data),
             Base::Mmap(_) | Base::Source(_) => TryRead::WouldBlock,
             Base::Memory(_) | Base::Zero | Base::Hole => match read_data(extent, position, data) {
                 Ok(()) => TryRead::Done,
@@ -68,7 +69,7 @@ pub(super) fn read_data(extent: &Extent, position: u64, buf: &mut [u8]) -> Resul
             Ok(())
         }
         Base::Mmap(map) => read_mapped_file(map.as_ptr().addr() + position as usize, buf),
-        Base::File { file, at } => file.read(at + position, buf),
+        Base::File { file, at } | Base::Memfd(Memfd { file, at, .. }) => file.read(at + position, buf),
         Base::Source(source) => {
             // What a source leaves out must not be what another list's page left in the buffer.
             buf.fill(0);

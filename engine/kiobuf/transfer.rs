@@ -32,7 +32,7 @@ impl Kiobuf {
     /// * [`Error::Shared`] (`EBUSY`): a clone, a vmap or a [`PageLock`](super::PageLock) has the list too, or the list has
     ///   an arena twice.
     /// * [`Error::Fault`] (`EFAULT`): the list has a hole (`at` is its byte in the list).
-    /// * [`Error::Invalid`] (`EINVAL`): an extent is not an arena's.
+    /// * [`Error::Invalid`] (`EINVAL`): an extent is not an arena's; [`Arena::shared`](super::Arena::shared) is a memfd's.
     /// * [`Error::Overflow`] (`EOVERFLOW`): `offset` plus the length does not fit in 63 bits.
     /// * [`Error::Sys`]: nothing was read, because `preadv` failed.
     pub fn read_from(&mut self, file: &File, offset: u64) -> Result<u64> {
@@ -125,7 +125,7 @@ impl<'a> Writer<'a> {
                 self.gather(unsafe { std::slice::from_raw_parts(memory.as_ptr(), len as usize) })
             }
             Base::Zero => chunks(len).try_for_each(|(_, len)| self.gather(&ZEROS[..len])),
-            Base::Mmap(_) | Base::File { .. } | Base::Source(_) => self.bounce(extent),
+            Base::Mmap(_) | Base::File { .. } | Base::Memfd(_) | Base::Source(_) => self.bounce(extent),
             Base::Hole => Err(Error::Fault { what: "the page list", at: extent.first_page * page_size() as u64 }),
         }
     }

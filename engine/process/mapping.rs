@@ -40,6 +40,21 @@ pub(crate) struct Mapping {
 impl Mapping {
     /// Maps `len` bytes of the object from byte `offset` on, with no access and not inherited over fork.
     pub(crate) fn hidden(memfd: BorrowedFd<'_>, len: usize, offset: u64, placement: Placement) -> Result<Mapping> {
+        // Nothing is reserved for a memfd of base pages. MAP_NORESERVE would set these mappings apart from their masks.
+        Mapping::map(memfd, len, offset, placement, MapFlags::empty())
+    }
+
+    /// As [`Mapping::hidden`], and reserves no huge pages.
+    pub(crate) fn hidden_unreserved(
+        memfd: BorrowedFd<'_>,
+        len: usize,
+        offset: u64,
+        placement: Placement,
+    ) -> Result<Mapping> {
+        Mapping::map(memfd, len, offset, placement, MapFlags::MAP_NORESERVE)
+    }
+
+    fn map(memfd: BorrowedFd<'_>, len: usize, offset: u64, placement: Placement, reserve: MapFlags) -> Result<Mapping> {
         let Some(length) = NonZeroUsize::new(len) else {
             return Err(Error::Invalid { what: "the length of a mapping", value: 0, rule: "it must not be zero" });
         };
@@ -54,17 +69,8 @@ impl Mapping {
             Placement::Reserved(addr) => (NonZeroUsize::new(addr), MapFlags::MAP_FIXED),
         };
         // SAFETY: nothing is replaced but a reservation, which holds nobody's memory.
-        let mapped = unsafe {
-            mmap(
-                hint,
-                length,
-                ProtFlags::PROT_NONE,
-                // Nothing is reserved for a memfd. MAP_NORESERVE would set these mappings apart from their masks.
-                MapFlags::MAP_SHARED | fixed,
-                memfd,
-                offset,
-            )
-        };
+        let mapped =
+            unsafe { mmap(hint, length, ProtFlags::PROT_NONE, MapFlags::MAP_SHARED | reserve | fixed, memfd, offset) };
         let addr = match (mapped, placement) {
             (Ok(addr), _) => addr.as_ptr() as usize,
             (Err(Errno::EEXIST), Placement::At(addr)) => return Err(Error::AddressTaken { addr, len }),
@@ -84,6 +90,21 @@ impl Mapping {
         unsafe { madvise(mapping.pointer(), len, MmapAdvise::MADV_DONTFORK) }
             .map_err(Error::sys("madvise(MADV_DONTFORK)"))?;
         Ok(mapping)
+    }
+
+    /// Keeps the kernel from making this mapping one with a neighbour that goes on in the same object, until
+    /// [`Mapping::join`]. What it advises matters to nobody: pages of a memfd are not read ahead.
+    pub(crate) fn set_apart(&self) -> Result<()> {
+        // SAFETY: changes no byte; the range is this mapping.
+        unsafe { madvise(self.pointer(), self.len, MmapAdvise::MADV_RANDOM) }
+            .map_err(Error::sys("madvise(MADV_RANDOM)"))
+    }
+
+    /// Ends what [`Mapping::set_apart`] began.
+    pub(crate) fn join(&self) -> Result<()> {
+        // SAFETY: changes no byte; the range is this mapping.
+        unsafe { madvise(self.pointer(), self.len, MmapAdvise::MADV_NORMAL) }
+            .map_err(Error::sys("madvise(MADV_NORMAL)"))
     }
 
     /// Has each page locked in memory when it comes; brings none.

@@ -16,19 +16,37 @@ pub(crate) fn open_own() -> io::Result<Maps> {
     Private::open(|| File::open("/proc/thread-self/maps")).map(Maps)
 }
 
+/// Opens the table of this process with details, for which the kernel looks at every page up to what is asked for.
+pub(crate) fn open_own_details() -> io::Result<Maps> {
+    Private::open(|| File::open("/proc/thread-self/smaps")).map(Maps)
+}
+
 /// Opens the table of another process.
 ///
 /// # Errors
 ///
 /// Those of opening, and `ESRCH` when no thread of it has one.
 pub(crate) fn open(pid: libc::pid_t) -> io::Result<Maps> {
-    let first = Private::open(|| File::open(format!("/proc/{pid}/maps")))?;
+    open_table(pid, "maps")
+}
+
+/// As [`open`], with details.
+///
+/// # Errors
+///
+/// As [`open`].
+pub(crate) fn open_details(pid: libc::pid_t) -> io::Result<Maps> {
+    open_table(pid, "smaps")
+}
+
+fn open_table(pid: libc::pid_t, table: &str) -> io::Result<Maps> {
+    let first = Private::open(|| File::open(format!("/proc/{pid}/{table}")))?;
     if !is_empty(&first) {
         return Ok(Maps(first));
     }
     // Its first thread has ended, and would be taken for a process in which nothing is mapped. Others may live.
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let maps = task?.path().join("maps");
+        let maps = task?.path().join(table);
         if let Some(maps) = Private::open(|| File::open(maps)).ok().filter(|maps| !is_empty(maps)) {
             return Ok(Maps(maps));
         }
@@ -57,6 +75,36 @@ impl Maps {
     }
 }
 
+impl Maps {
+    /// Walks over the mappings of a table that was opened with details.
+    ///
+    /// # Errors
+    ///
+    /// As [`vmas`].
+    pub(crate) fn detailed(&self) -> impl Iterator<Item = io::Result<(Vma, Details)>> {
+        detailed(BufReader::new(&*self.0))
+    }
+
+    /// Finds the mapping of `addr` in a table that was opened with details, without its neighbours.
+    ///
+    /// # Errors
+    ///
+    /// As [`vmas`].
+    pub(crate) fn find_details(&self, addr: usize) -> io::Result<Option<(Vma, Details)>> {
+        let mut from = self.detailed().skip_while(|found| matches!(found, Ok((vma, _)) if vma.range.end <= addr));
+        Ok(from.next().transpose()?.filter(|(vma, _)| vma.range.contains(&addr)))
+    }
+}
+
+/// What the kernel says of a mapping besides (`VmFlags`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Details {
+    /// Some userfaultfd is told of its missing pages.
+    pub(crate) is_registered: bool,
+    /// A forked child does not have it.
+    pub(crate) is_not_inherited: bool,
+}
+
 /// A mapping: one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Vma {
@@ -72,14 +120,15 @@ pub(crate) struct Vma {
 
 impl Vma {
     /// Tells whether `next` goes on where this one ends, in memory and in the file. The kernel keeps such mappings apart
-    /// when their access differs.
+    /// when their access differs. Hidden ones stay apart: one may be an area's and the next the engine's own.
     fn is_continued_by(&self, next: &Vma) -> bool {
         let len = (self.range.end - self.range.start) as u64;
         self.range.end == next.range.start
             && self.file == next.file
             && self.file != (0, 0)
             && self.offset.checked_add(len) == Some(next.offset)
-            && self.hidden == next.hidden
+            && !self.hidden
+            && !next.hidden
     }
 }
 
@@ -90,6 +139,30 @@ impl Vma {
 /// Those of reading, and `EPROTO` for a line that is none.
 pub(crate) fn vmas(maps: impl BufRead) -> impl Iterator<Item = io::Result<Vma>> {
     maps.split(b'\n').map(|line| parse(&line?).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO)))
+}
+
+/// Walks over mappings with details: each is a line as in [`vmas`], and lines of what is said of it, `VmFlags` among them.
+fn detailed(maps: impl BufRead) -> impl Iterator<Item = io::Result<(Vma, Details)>> {
+    let mut last = None;
+    maps.split(b'\n').filter_map(move |line| {
+        let line = match line {
+            Ok(line) => line,
+            Err(error) => return Some(Err(error)),
+        };
+        match line.strip_prefix(b"VmFlags:") {
+            Some(flags) => {
+                let has = |flag: &[u8]| flags.split(|&byte| byte == b' ').any(|word| word == flag);
+                let details = Details { is_registered: has(b"um"), is_not_inherited: has(b"dc") };
+                last.take().map(|vma| Ok((vma, details)))
+            }
+            // What is said of a mapping begins with a capital letter, a mapping with a digit or a small one.
+            None if line.first().is_some_and(u8::is_ascii_uppercase) => None,
+            None => {
+                last = parse(&line);
+                last.is_none().then(|| Err(io::Error::from_raw_os_error(libc::EPROTO)))
+            }
+        }
+    })
 }
 
 fn find(vmas: impl Iterator<Item = io::Result<Vma>>, addr: usize) -> io::Result<Option<Vma>> {
@@ -166,6 +239,24 @@ mod tests {
             assert_eq!(found(addr), None, "{addr:#x}");
         }
         assert_eq!(found(0xa000), Some((0xa000..0xb000, 0)));
+    }
+
+    #[test]
+    fn what_is_registered_and_not_inherited_is_told_of_each_mapping() {
+        let maps = b"1000-3000 rw-s 00000000 00:01 77    /memfd:x (deleted)\n\
+            Size:                  8 kB\nVmFlags: rd wr sh mr mw me ms dc um \n\
+            3000-4000 rw-s 00002000 00:01 77    /memfd:x (deleted)\n\
+            Pss_Dirty:             0 kB\nVmFlags: rd wr sh mr mw me ms\n";
+        let found: Vec<_> = detailed(&maps[..])
+            .map(|found| found.map(|(vma, details)| (vma.range, details)))
+            .collect::<io::Result<_>>()
+            .unwrap();
+        let ours = Details { is_registered: true, is_not_inherited: true };
+        assert_eq!(found, [(0x1000..0x3000, ours), (0x3000..0x4000, Details::default())]);
+        assert!(detailed(&b"what\n"[..]).next().unwrap().is_err());
+        let own = open_own_details().unwrap();
+        let (vma, _) = own.find_details(&raw const maps as usize).unwrap().unwrap();
+        assert!(vma.readable);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::{Error, Result};
 
 /// Where the masks of an object begin, in bytes: beyond any object that can be mapped, and with room for every
 /// address below the largest offset (2^63 bytes).
-const FAR_BYTES: usize = 1 << 62;
+pub(crate) const FAR_BYTES: usize = 1 << 62;
 
 /// What became of a range that was to be masked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockE
 
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit};
 
 use crate::{Error, Result};
 
@@ -63,6 +64,17 @@ pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
         other => other,
     }
     .map_err(Error::sys("memfd_create"))
+}
+
+/// As [`new_memfd`], of so many bytes.
+pub(crate) fn sized_memfd(name: &CStr, bytes: usize) -> Result<OwnedFd> {
+    let memfd = new_memfd(name)?;
+    // The kernel answers a size beyond the limit by SIGXFSZ, whose default is the end of the process.
+    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(Error::sys("getrlimit(RLIMIT_FSIZE)"))?;
+    let bytes = i64::try_from(bytes).ok().filter(|&bytes| bytes as u64 <= limit);
+    let bytes = bytes.ok_or(Error::sys("sizing a memfd")(Errno::EFBIG))?;
+    nix::unistd::ftruncate(&memfd, bytes).map_err(Error::sys("sizing a memfd"))?;
+    Ok(memfd)
 }
 
 /// Tells the id of a pidfd's process as `/proc` has it here; the process itself may know another, in a namespace of its

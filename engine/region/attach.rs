@@ -20,6 +20,7 @@ use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
 use crate::stats::add;
 use crate::sys::Userfault;
+use crate::trace::tell;
 use crate::vmap::Vmap;
 use crate::vmap::core::{Caller, VmapCore};
 use crate::{Error, Result};
@@ -124,6 +125,7 @@ impl Vmap {
     ///
     /// # Errors
     ///
+    /// [`Error::Misaligned`] for a length, an offset or an address that is not whole huge pages, where the vmap has those;
     /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
     /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
     /// [`Error::AddressTaken`]; [`Error::MemoryLock`] when the vmap is to be locked in memory, or all memory of the process
@@ -155,8 +157,10 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(options: &AttachOptions, nr_pages: u64) -> Result<Plan> {
-        let page = page_size() as u64;
+    fn new(options: &AttachOptions, core: &VmapCore) -> Result<Plan> {
+        let (page, size) = (page_size() as u64, core.page());
+        // What follows the list's end in its last huge page belongs to it.
+        let nr_pages = size.whole(core.nr_pages()).unwrap_or(core.nr_pages());
         if options.sharing == Sharing::Private {
             return Err(Error::PrivateRefused);
         }
@@ -170,12 +174,12 @@ impl Plan {
         }
         let too_far = invalid("pgoff", options.pgoff, "pgoff plus length must be less than 2^63 bytes");
         let len_pages = pages_for(wanted);
-        let end = len_pages.and_then(|pages| options.pgoff.checked_add(pages)).and_then(|end| end.checked_mul(page));
-        let (Some(len_pages), Some(_)) = (len_pages, end.filter(|&end| i64::try_from(end).is_ok())) else {
+        let end = len_pages.and_then(|pages| options.pgoff.checked_add(pages));
+        let (Some(len_pages), Some(_)) = (len_pages, end.filter(|&end| core.object.offset_of(end).is_ok())) else {
             return Err(too_far);
         };
         if options.exact && options.pgoff + len_pages > nr_pages {
-            return Err(Error::OutsideList { pgoff: options.pgoff, len_pages, nr_pages });
+            return Err(Error::OutsideList { pgoff: options.pgoff, len_pages, nr_pages: core.nr_pages() });
         }
         let placement = match options.addr {
             None => Placement::Anywhere,
@@ -184,7 +188,13 @@ impl Plan {
             }
             Some(addr) => Placement::At(addr),
         };
-        Ok(Plan { len: (len_pages * page) as usize, offset: options.pgoff * page, placement })
+        if size.is_huge() {
+            size.check_multiple("pgoff", options.pgoff, page_size())?;
+            size.check_multiple("the length of a region in bytes", wanted, 1)?;
+            size.check_multiple("the address of a region", options.addr.unwrap_or(0) as u64, 1)?;
+        }
+        let offset = core.object.offset_of(options.pgoff)?;
+        Ok(Plan { len: (len_pages * page) as usize, offset, placement })
     }
 }
 
@@ -200,7 +210,7 @@ fn attach(
 ) -> Result<Region> {
     // Until the end: what is counted here may have to be called back for.
     let _attaching = shared.begin_attach().ok_or(Error::Shutdown)?;
-    let plan = Plan::new(options, core.nr_pages())?;
+    let plan = Plan::new(options, core)?;
     let local = shared.local();
     let uffd = match &*local {
         Local::Owner { uffd } | Local::Child { uffd, .. } => uffd,
@@ -209,12 +219,14 @@ fn attach(
     let mapping = {
         // From mmap to MADV_DONTFORK, no fork: a child must not get the mapping.
         let _gate = gate();
-        Mapping::hidden(core.memfd(), plan.len, plan.offset, plan.placement)?
+        core.object.map(plan.len, plan.offset, plan.placement)?
     };
+    // Registered, it would be taken for what the hidden area before it has grown by.
+    mapping.set_apart()?;
     uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
     let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
     // Registered and still hidden: even a kernel that brought pages for it could not bring zeros.
-    let locked = core.residency.apply(&mapping)?;
+    let locked = core.lock(&mapping)?;
     let downgraded = core.residency.is_downgraded(locked);
     let id = shared.new_region_id();
     let first = match &*local {
@@ -268,6 +280,21 @@ fn attach(
     };
     drop(registration);
     mapping.release();
+    tell!(
+        DEBUG,
+        "kiomap::region",
+        "attached",
+        engine = shared.id,
+        vmap = core.id,
+        region = id,
+        addr = region.addr,
+        len = region.len,
+        pgoff = region.pgoff,
+        first = first
+    );
+    if downgraded {
+        tell!(WARN, "kiomap::region", "is not locked in memory", engine = shared.id, vmap = core.id, region = id);
+    }
     Ok(region)
 }
 
@@ -287,6 +314,7 @@ impl Registration<'_> {
     /// there earlier, would be taken for one that touches what nobody knows.
     fn served(&self, writable: bool) -> Result<()> {
         self.served.set(true);
+        self.mapping.join()?;
         self.mapping.reveal(writable)
     }
 }

@@ -2,21 +2,27 @@
 
 mod access;
 mod attach;
+mod collapse;
+mod populate;
+mod prefault;
 
 use std::sync::Arc;
 
 use nix::errno::Errno;
 
 pub use attach::{AttachOptions, Sharing};
+pub use populate::{PopulateOptions, PopulateProgress, Populating};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
 use crate::page::page_size;
 use crate::process::{depth, gate, mapping, maps, mask};
-use crate::runtime::command::Command;
+use crate::runtime::command::{Changing, Command};
+use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::strays::{Finding, find};
 use crate::space::OWN_SPACE;
+use crate::trace::tell;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
 use crate::vmap::residency::Residency;
@@ -127,7 +133,8 @@ impl Region {
         let ends_the_list = self.pgoff + (self.len / page_size()) as u64 >= self.core.nr_pages();
         // Past the end of the list there is nothing to be served, ever.
         let nothing_behind = addr == self.addr + self.len && ends_the_list && !self.core.expandable;
-        if nothing_behind || !mapping::is_mapped(addr) {
+        // Huge pages don't grow.
+        if nothing_behind || self.core.page().is_huge() || !mapping::is_mapped(addr) {
             return Ok(());
         }
         match local {
@@ -139,15 +146,30 @@ impl Region {
                 }
                 let probed = handler.ask(|reply| Command::Probe { space: OWN_SPACE, addr, reply })?;
                 let Some(lookup) = probed else { return Ok(()) };
-                let ours = |file| (file == self.core.file).then_some(self.core.id);
-                let finding = match maps::open_own().map(|maps| find(&maps, addr, ours)) {
-                    // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
-                    Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
-                    Ok(finding) => finding,
-                };
-                handler.ask(|reply| Command::Found { lookup, finding, reply: Some(reply) })
+                let ours = |file| (file == self.core.object.id()).then(|| self.core.owner());
+                let details = || maps::open_own_details().ok();
+                let mut patience = Patience::new();
+                loop {
+                    let finding = match maps::open_own().map(|maps| find(&maps, addr, ours, details)) {
+                        // Another vmap's, perhaps: not for this thread to say. Who waits there touches again.
+                        Err(_) | Ok(Finding::Foreign) => Finding::Nothing,
+                        Ok(finding) => finding,
+                    };
+                    let told = handler.ask(|reply| Command::Found { lookup, finding, reply })?;
+                    let Err(Changing) = told else { return Ok(()) };
+                    if let Err(error) = patience.wait() {
+                        let _ = handler.ask(|reply| Command::Found { lookup, finding: Finding::Nothing, reply });
+                        return Err(error);
+                    }
+                }
             }
-            Local::Child { lifeline, .. } => lifeline.ask(Ask::LookUp { addr: addr as u64 }, None).map(drop),
+            Local::Child { lifeline, .. } => {
+                let mut patience = Patience::new();
+                while let (Reply::Later, _) = lifeline.ask(Ask::LookUp { addr: addr as u64 }, None)? {
+                    patience.wait()?;
+                }
+                Ok(())
+            }
             Local::Lost { .. } => Ok(()),
         }
     }
@@ -196,9 +218,20 @@ impl Drop for Region {
                     // munmap is refused only for want of mappings (vm.max_map_count), when the kernel has merged the
                     // range with a neighbour's. What is still mapped is still counted.
                     if self.unmap(&local).is_ok() {
+                        tell!(
+                            DEBUG,
+                            "kiomap::region",
+                            "dropped",
+                            engine = self.shared.id,
+                            vmap = self.core.id,
+                            region = self.id,
+                            pieces = pieces
+                        );
                         self.core.close(pieces);
                     }
                     self.shared.handler.send(Command::Left);
+                    // What is brought for it in the background ends.
+                    self.shared.jobs.nudge();
                 }
             }
             Local::Child { lifeline, .. } => {

@@ -8,6 +8,7 @@ use crossbeam_channel::Receiver;
 use super::handles::Request;
 use super::shared::EngineShared;
 use super::threads::{self, contain};
+use crate::trace::tell;
 use crate::vmap::core::{Notice, VmapCore};
 
 thread_local! {
@@ -49,7 +50,10 @@ fn run_one(shared: &EngineShared, core: &Arc<VmapCore>) {
     };
     let Some(mut callback) = callback else { return };
     RUNNING.set(Some(core.id));
-    contain(shared, || callback(core));
+    if contain(shared, || callback(core)).is_none() {
+        tell!(ERROR, "kiomap::callback", "panicked", engine = shared.id, vmap = core.id);
+    }
+    tell!(DEBUG, "kiomap::callback", "has run", engine = shared.id, vmap = core.id);
     RUNNING.set(None);
     if shared.is_child() {
         threads::end_child();

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::call::Ticket;
 use super::fault::Fault;
+use super::huge::HugeMemory;
 use super::strays::{Finding, LookupId};
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
@@ -17,8 +18,10 @@ use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, InsertError};
 use crate::space::{AreaRecord, Pieces, Space, SpaceId, Target};
 use crate::stats::SpaceCounters;
+use crate::stats::latency::Moment;
 use crate::sys::Userfault;
 use crate::vmap::core::Contents;
+use crate::vmap::page_size::PageSize;
 
 /// The child's half of a fork, as the fault-handling thread sees it.
 pub(crate) struct Forked {
@@ -55,6 +58,8 @@ pub(crate) enum Command {
     Insert { space: SpaceId, area: Area<Target>, reply: Ticket<Result<(), NotEntered>> },
     /// Tells pieces of a region.
     Pieces { space: SpaceId, region: u64, reply: Ticket<Pieces> },
+    /// Tells the first range of `start..end` that is a region's of the own process, and the page at its start.
+    Piece { region: u64, start: usize, end: usize, reply: Ticket<Option<(Range<usize>, u64)>> },
     /// Marks a region of the own process, and tells of how many pieces it consists: their end will not be reported, and
     /// a split of them not be counted. The asker counts them, and says `Left`.
     Leave { region: u64, reply: Ticket<usize> },
@@ -85,7 +90,7 @@ pub(crate) enum Command {
     /// The asker is about to look an address up; answers with what to tell the finding by, if it should.
     Probe { space: SpaceId, addr: usize, reply: Ticket<Option<LookupId>> },
     /// Tells what was found at an address.
-    Found { lookup: LookupId, finding: Finding, reply: Option<Ticket<()>> },
+    Found { lookup: LookupId, finding: Finding, reply: Ticket<Result<(), Changing>> },
     /// A page was unmapped, and no event says so.
     Unmapped { space: SpaceId, addr: usize },
     /// Answers when everything read so far is done, and whether all of it is posted to the keeper by now. It does not wait
@@ -95,9 +100,19 @@ pub(crate) enum Command {
     Retire { reply: Ticket<()> },
     /// The answer to [`Post::Empty`]: nothing is mapped any more that could fault.
     End,
+    /// Gives memory for huge pages of a size; answers with it if there is some already, or if the thread only guards.
+    Huge { memory: HugeMemory, reply: Ticket<Option<HugeMemory>> },
     /// Panics, to test what happens then.
     #[cfg(test)]
     Panic,
+}
+
+/// An address that the keeper shall look up.
+#[derive(Clone, Copy)]
+pub(crate) struct Stray {
+    pub(crate) space: SpaceId,
+    pub(crate) addr: usize,
+    pub(crate) lookup: LookupId,
 }
 
 /// What the fault-handling thread tells the keeper.
@@ -107,7 +122,7 @@ pub(crate) enum Post {
     /// A space's process seems to be gone (ESRCH).
     Gone(SpaceId),
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
-    Stray { space: SpaceId, addr: usize, lookup: LookupId },
+    Stray(Stray),
     /// After a shutdown no area is left that the fault-handling thread knows: may it end?
     Empty,
     /// The thread has ended: no area is left and none will come.
@@ -133,13 +148,18 @@ pub(crate) struct ReadOrder {
     pub(crate) pages: Range<u64>,
     /// The address that faulted; its page is one of them.
     pub(crate) addr: usize,
+    /// When that fault was read.
+    pub(crate) since: Moment,
+    /// It is for a huge page of that size, and the pages may be of several extents.
+    pub(crate) huge: Option<PageSize>,
     pub(crate) buffer: ReadBuffer,
 }
 
 impl ReadOrder {
     /// The fault that it is for.
     pub(crate) fn fault(&self) -> Fault {
-        Fault { space: self.space, addr: self.addr, tid: 0, retries: 0, starved: 0, alone: false }
+        let Self { space, addr, since, .. } = *self;
+        Fault { space, addr, tid: 0, write: false, since, retries: 0, starved: 0, alone: false }
     }
 }
 

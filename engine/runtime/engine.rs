@@ -9,31 +9,38 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::Receiver;
 
+use super::around::FaultAround;
 use super::bell::Bell;
 use super::command::{Command, Post};
+use super::crew::{Crew, HANDLERS_MAX};
 use super::handler::{Handler, Parts};
 use super::handles::{self, Request};
+use super::jobs::Jobs;
 use super::keeper::Keeper;
+use super::placement::{Placement, Placer};
 use super::shared::EngineShared;
 use super::threads::{self, Role, contain};
-use super::{callbacks, level, workers};
+use super::watch::Watch;
+use super::{background, callbacks, crew_member, level, workers};
 use crate::fork;
 use crate::fork::link::Local;
+use crate::inthread::{self, Delivery};
 use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::process::open_pidfd;
 use crate::snapshot::{Snapshot, View};
 use crate::space::OWN_SPACE;
+use crate::stats::latency::FaultLatency;
+use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
+use crate::trace::tell;
 use crate::vmap::core::Notice;
 use crate::vmap::fill::{FillProgress, fill_all};
 use crate::vmap::registry::Registry;
 use crate::vmap::{Vmap, VmapBuilder};
 use crate::{Error, Result};
 
-/// The most pages that a fault may bring: one page table's worth.
-pub const FAULT_AROUND_MAX_PAGES: usize = 512;
 /// The most worker threads.
 pub const WORKERS_MAX: usize = 64;
 /// Commands that may wait at once.
@@ -52,6 +59,8 @@ const BUFFERS_PER_WORKER: usize = 2;
 pub struct Engine {
     shared: Arc<EngineShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    #[cfg(test)]
+    crew: Arc<Crew>,
 }
 
 /// What becomes of pages that are not resident when an engine is shut down.
@@ -67,34 +76,47 @@ pub enum Shutdown {
 /// Settings of an engine that is to be built ([`Engine::builder`]).
 #[derive(Debug, Clone)]
 pub struct EngineBuilder {
-    fault_around_pages: usize,
+    fault_around: FaultAround,
     workers: usize,
-    handler_cpu: Option<usize>,
+    placement: Placement,
+    handlers: usize,
+    crew_always: bool,
     ways: Vec<OpenWay>,
     without: Features,
+    delivery: Delivery,
 }
 
 impl Default for EngineBuilder {
     fn default() -> Self {
         EngineBuilder {
-            fault_around_pages: 16,
+            fault_around: FaultAround::default(),
             workers: 4,
-            handler_cpu: None,
+            placement: Placement::default(),
+            handlers: 1,
+            crew_always: false,
             ways: DEFAULT_WAYS.to_vec(),
             without: Features::empty(),
+            delivery: Delivery::default(),
         }
     }
 }
 
 impl EngineBuilder {
-    /// Sets how many pages one fault brings at the most, from 1 to [`FAULT_AROUND_MAX_PAGES`]; 16 unless set.
-    ///
-    /// The pages are an aligned block around the one that was touched, clipped to the region, to the extent of the
-    /// list and to the list.
+    /// Sets how many pages one fault brings: few for touches here and there and many where a region is walked through,
+    /// unless set ([`FaultAround::Adaptive`]).
     #[must_use]
-    pub fn fault_around_pages(mut self, pages: usize) -> Self {
-        self.fault_around_pages = pages;
+    pub fn fault_around(mut self, around: FaultAround) -> Self {
+        self.fault_around = around;
         self
+    }
+
+    /// Has each fault bring an aligned block of at most this many pages, from 1 to [`FAULT_AROUND_MAX_PAGES`]
+    /// ([`FaultAround::Fixed`]).
+    ///
+    /// [`FAULT_AROUND_MAX_PAGES`]: crate::FAULT_AROUND_MAX_PAGES
+    #[must_use]
+    pub fn fault_around_pages(self, pages: usize) -> Self {
+        self.fault_around(FaultAround::Fixed(pages))
     }
 
     /// Sets how many threads read from slow sources, from 1 to [`WORKERS_MAX`]; 4 unless set.
@@ -104,14 +126,47 @@ impl EngineBuilder {
         self
     }
 
-    /// Pins the fault-handling thread to a processor. It is not pinned unless set.
+    /// Sets where the fault-handling thread runs; [`Placement::Follow`] unless set.
     ///
-    /// A fault is answered soonest when that is the processor on which the touching thread runs: waking an idle
-    /// processor can cost several times the whole fault.
+    /// A fault is answered soonest on the processor on which the touching thread runs: waking an idle processor can cost
+    /// several times the whole fault.
     #[must_use]
-    pub fn handler_cpu(mut self, cpu: usize) -> Self {
-        self.handler_cpu = Some(cpu);
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
         self
+    }
+
+    /// Sets how many threads may answer faults at once, from 1 to [`HANDLERS_MAX`]; 1 unless set.
+    ///
+    /// With 1 there is the fault-handling thread alone. With more there are as many others beside it, each for a
+    /// processor, which sleep until threads of one process fault on several processors without a pause; then they answer
+    /// what lies in memory. It is of use where those threads are pinned: the scheduler tends to bring others together on
+    /// one processor, and nothing is won. It needs the feature `THREAD_ID` and `/proc`: without them they sleep on.
+    #[must_use]
+    pub fn handlers(mut self, handlers: usize) -> Self {
+        self.handlers = handlers;
+        self
+    }
+
+    /// Sets that the threads of [`EngineBuilder::handlers`] answer faults all the time, on the first processors that are
+    /// allowed.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn handlers_standing_by(mut self, standing_by: bool) -> Self {
+        self.crew_always = standing_by;
+        self
+    }
+
+    /// The threads beside the fault-handling thread.
+    fn crew(&self) -> usize {
+        // Faults that their own threads answer are none of theirs.
+        if self.handlers > 1 && self.delivery == Delivery::Handler { self.handlers } else { 0 }
+    }
+
+    /// Pins the fault-handling thread to a processor: [`Placement::Pinned`] with one.
+    #[must_use]
+    pub fn handler_cpu(self, cpu: usize) -> Self {
+        self.placement(Placement::Pinned(vec![cpu]))
     }
 
     /// Sets which ways to open a userfaultfd are tried, in which order; device, system call, user-mode-only unless
@@ -130,19 +185,25 @@ impl EngineBuilder {
         self
     }
 
+    /// Sets how this process gets missing pages; from the fault-handling thread unless set.
+    ///
+    /// [`Delivery::InThread`] is faster, and says what it costs: among other things it installs a SIGBUS handler.
+    #[must_use]
+    pub fn delivery(mut self, delivery: Delivery) -> Self {
+        self.delivery = delivery;
+        self
+    }
+
     fn validate(&self) -> Result<()> {
         let invalid = |what, value: usize, rule| Err(Error::Invalid { what, value: value as u64, rule });
         match self {
-            Self { fault_around_pages: pages, .. } if !(1..=FAULT_AROUND_MAX_PAGES).contains(pages) => {
-                invalid("fault_around_pages", *pages, "it must be from 1 to 512")
-            }
             Self { workers, .. } if !(1..=WORKERS_MAX).contains(workers) => {
                 invalid("workers", *workers, "there must be from 1 to 64")
             }
-            Self { handler_cpu: Some(cpu), .. } if *cpu >= nix::sched::CpuSet::count() => {
-                invalid("handler_cpu", *cpu, "it must be a processor of this machine")
+            Self { handlers, .. } if !(1..=HANDLERS_MAX).contains(handlers) => {
+                invalid("handlers", *handlers, "there must be from 1 to 16")
             }
-            _ => Ok(()),
+            Self { placement, fault_around, .. } => placement.validate().and_then(|()| fault_around.validate()),
         }
     }
 
@@ -151,7 +212,8 @@ impl EngineBuilder {
     /// # Errors
     ///
     /// [`Error::Open`] when no userfaultfd can be had, with each attempt and its remedy; [`Error::Unsupported`] when
-    /// the kernel lacks a feature that the engine can't do without (Linux 5.14 has them all); [`Error::Invalid`] for a
+    /// the kernel lacks a feature that the engine can't do without (Linux 5.14 has them all), or that the delivery needs;
+    /// [`Error::Invalid`] for a
     /// setting out of range; [`Error::Sys`] with the errno of remap_file_pages(2) where that is needed (before Linux 6.6)
     /// and forbidden, or with `EMFILE`, `ENOMEM` or `EAGAIN` for want of descriptors, memory or threads. Nothing is
     /// left behind then.
@@ -160,6 +222,7 @@ impl EngineBuilder {
         self.validate()?;
         let opener = Opener::new(&self.ways);
         let wanted = level::choose(&opener, self.without)?;
+        let wanted = inthread::with_delivery(wanted, self.delivery, &opener, self.without)?;
         let (uffd, way) = opened(&opener, wanted)?;
         let uffd = Arc::new(uffd);
         let (commands, command_inbox) = crossbeam_channel::bounded(COMMANDS);
@@ -185,10 +248,13 @@ impl EngineBuilder {
             notices: notices.clone(),
             vmaps: Registry::default(),
             counters: Counters::default(),
+            latency: Sharded::default(),
+            shard_owners: Owners::default(),
             spaces: Mutex::new(vec![Arc::clone(&own)]),
             next_space: AtomicU64::new(OWN_SPACE + 1),
             next_region: AtomicU64::new(1),
             next_vmap: AtomicU64::new(1),
+            jobs: Jobs::default(),
             retired: AtomicBool::new(false),
             attaching: AtomicUsize::new(0),
         });
@@ -196,6 +262,8 @@ impl EngineBuilder {
         let (jobs, job_inbox) = crossbeam_channel::bounded(read_buffers);
         let (done, done_inbox) = crossbeam_channel::bounded(read_buffers);
         let worker_ids: workers::WorkerIds = (0..self.workers).map(|_| AtomicI32::new(-1)).collect();
+        // Without members it is never called, and needs nothing.
+        let crew = Crew::new(&shared, &handler_bell, self.fault_around, self.crew())?;
         let handler = Handler::new(Parts {
             shared: Arc::clone(&shared),
             commands: command_inbox,
@@ -206,12 +274,19 @@ impl EngineBuilder {
             jobs,
             done: done_inbox,
             workers: Arc::clone(&worker_ids),
-            fault_around_pages: self.fault_around_pages,
+            fault_around: self.fault_around,
             read_buffers,
+            crew: Arc::clone(&crew),
+            crew_always: self.crew_always,
         })?;
         let keeper = Keeper::new(Arc::clone(&shared), keeper_inbox, notices.clone())?;
-        let engine = Engine { shared: Arc::clone(&shared), threads: Mutex::default() };
-        let started = self.start_threads(&engine, handler, keeper, notice_inbox, |index| {
+        let engine = Engine {
+            shared: Arc::clone(&shared),
+            threads: Mutex::default(),
+            #[cfg(test)]
+            crew: Arc::clone(&crew),
+        };
+        let started = self.start_threads(&engine, handler, &crew, keeper, notice_inbox, |index| {
             let (shared, ids, bell) = (Arc::clone(&shared), Arc::clone(&worker_ids), Arc::clone(&handler_bell));
             let (jobs, done) = (job_inbox.clone(), done.clone());
             move || workers::run(&shared, index, &ids, &jobs, &done, &bell)
@@ -226,6 +301,17 @@ impl EngineBuilder {
             return Err(error);
         }
         fork::enter(&shared)?;
+        #[cfg(feature = "tracing")]
+        crate::trace::process_builds();
+        tell!(
+            INFO,
+            "kiomap::engine",
+            "built",
+            engine = shared.id,
+            way = format!("{:?}", shared.way),
+            features = shared.features.to_string()
+        );
+        inthread::begin(&shared);
         Ok(engine)
     }
 }
@@ -236,6 +322,7 @@ impl EngineBuilder {
         &self,
         engine: &Engine,
         mut handler: Handler,
+        crew: &Arc<Crew>,
         mut keeper: Keeper,
         notices: Receiver<Notice>,
         worker: impl Fn(usize) -> W,
@@ -250,9 +337,18 @@ impl EngineBuilder {
             // What a page list kept alive may be dropped there: a panic of it must not end the counting.
             while contain(&shared, || keeper.run()).is_none() {}
         })?;
-        let (shared, cpu) = (Arc::clone(&engine.shared), self.handler_cpu);
+        for index in 0..crew.members.len() {
+            let crew = Arc::clone(crew);
+            engine.start(Role::Crew, move || crew_member::run(&crew, index))?;
+        }
+        let watch = match self.placement {
+            Placement::Follow => engine.start_watch(&handler)?,
+            _ => None,
+        };
+        let (shared, placer) = (Arc::clone(&engine.shared), Placer::new(self.placement.clone(), watch));
         engine.start(Role::Fault, move || {
-            run_handler(&mut handler, cpu);
+            run_handler(&mut handler, placer);
+            drop(handler);
             shared.handler.close();
         })
     }
@@ -271,12 +367,8 @@ fn opened(opener: &Opener, features: Features) -> Result<(Private<Userfault>, Op
 
 /// The body of the fault-handling thread. A panic of it would be a bug of ours; it must not become zero pages or
 /// threads that sleep for ever, so the thread goes on and answers every fault by SIGBUS.
-fn run_handler(handler: &mut Handler, cpu: Option<usize>) {
-    if let Some(cpu) = cpu {
-        let mut set = nix::sched::CpuSet::new();
-        // Validated by the builder; a processor that is offline leaves the thread where it may run.
-        let _ = set.set(cpu).and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
-    }
+fn run_handler(handler: &mut Handler, placer: Placer) {
+    handler.settle(placer);
     while catch_unwind(AssertUnwindSafe(|| handler.run())).is_err() {
         handler.retire();
     }
@@ -326,8 +418,15 @@ impl Engine {
     /// Returns the counters as they are now. In a forked child they are those of the moment of the fork.
     ///
     /// A page is counted just after the thread that waits for it wakes: [`Engine::settle`] first makes them exact.
+    /// [`Vmap::stats`] tells a part of it for each vmap, [`Engine::spaces`] for each process.
     pub fn stats(&self) -> Stats {
         self.shared.counters.snapshot()
+    }
+
+    /// Returns how long faults took, from when they were read to when they were answered, as it is now. In a forked child it
+    /// is as it was at the moment of the fork.
+    pub fn fault_latency(&self) -> FaultLatency {
+        self.shared.latency.snapshot()
     }
 
     /// Returns the processes that are served, the engine's own first.
@@ -439,6 +538,7 @@ impl Engine {
     }
 
     fn finish_shutdown(&self) {
+        let background = background::stop(&self.shared);
         // From here on the fault-handling thread only guards, as long as a region is left; then it ends.
         let _ = self.shared.handler.ask(|reply| Command::Retire { reply });
         let role = threads::current_role(self.shared.id);
@@ -451,13 +551,15 @@ impl Engine {
         // The thread looks whether it is done after each command.
         let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
         let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        threads.extend(background);
         if role.is_none() {
             // Callbacks that are due by now: the answer is the end of the channel.
             let (due, done) = crossbeam_channel::bounded::<()>(0);
             let _ = self.shared.notices.send(Notice::Settle(due));
             let _ = done.recv();
         }
+        tell!(INFO, "kiomap::engine", "shut down", engine = self.shared.id, areas_left = own_areas);
         if own_areas == 0 && role.is_none() && !self.shared.vmaps.is_any_mapped() {
             for thread in threads {
                 // A panic of a thread was caught and counted inside.
@@ -471,13 +573,47 @@ impl Engine {
         &self.shared
     }
 
+    #[cfg(test)]
+    pub(crate) fn crew_for_tests(&self) -> &Crew {
+        &self.crew
+    }
+
     fn owner_only(&self, what: &'static str) -> Result<()> {
         if self.shared.is_child() { Err(Error::NotOwner { what }) } else { Ok(()) }
+    }
+
+    /// Starts the thread that lets the handler follow; `None` where the kernel does not allow it to.
+    fn start_watch(&self, handler: &Handler) -> Result<Option<Arc<Watch>>> {
+        let watch = Watch::new(Arc::clone(handler.waits_in())).map_err(Error::sys("timerfd_create for the watch"))?;
+        let watch = Arc::new(watch);
+        let mut started = Ok(());
+        let able = super::call::call(|able| {
+            let watch = Arc::clone(&watch);
+            // If it can't be started, the ticket is dropped, and nobody waits for it.
+            started = self.start(Role::Watch, move || {
+                let may = watch.try_policies();
+                able.answer(may);
+                if may {
+                    watch.run();
+                }
+            });
+        });
+        started?;
+        if able != Some(true) {
+            // It ends by itself; nothing of it is left when the engine is there.
+            let thread = self.threads.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let _ = thread.map(JoinHandle::join);
+            return Ok(None);
+        }
+        Ok(Some(watch))
     }
 
     fn start(&self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let shared = Arc::clone(&self.shared);
         let thread = threads::spawn(role, self.shared.id, move || {
+            if matches!(role, Role::Fault | Role::Crew) {
+                shared.shard_owners.take();
+            }
             let _ = contain(&shared, body);
         })?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);

@@ -1,6 +1,7 @@
 //! A fault, from when it is read until it is answered.
 
 use crate::space::SpaceId;
+use crate::stats::latency::Moment;
 
 /// A fault that was read and not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,6 +11,10 @@ pub(crate) struct Fault {
     pub(crate) addr: usize,
     /// The thread that touched; 0 when unknown.
     pub(crate) tid: i32,
+    /// The access was a write.
+    pub(crate) write: bool,
+    /// When it was read.
+    pub(crate) since: Moment,
     /// How often it was put off.
     pub(crate) retries: u32,
     /// How often the kernel had no memory for it.

@@ -6,25 +6,32 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
+use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
-use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadBuffer, ReadDone, ReadJob};
+use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadBuffer, ReadDone, ReadJob, Stray};
+use super::crew::{Crew, HANDED_ON, HandedOn};
+use super::crew_call::{Caller, Cpus, REVIEW_MS, Review};
 use super::fault::Fault;
 use super::handles::KeeperHandle;
+use super::placement::{LONGEST_WAIT_MS, Placement, Placer};
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
-use super::strays::{Finding, Held, Lookup, LookupId, Strays, adopt};
+use super::strays::{Cause, Finding, Held, Lookup, LookupId, Strays, adopt, uncover};
 use super::workers::WorkerIds;
+use crate::inthread::Desk;
 use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, AreaTable, Change};
 use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
+use crate::stats::latency::Moment;
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
@@ -36,15 +43,25 @@ const FAULTS_HELD: usize = 1024;
 /// Retries of parked faults without a pause; afterwards the pause doubles from 1 ms to [`LONGEST_PAUSE_MS`].
 const EAGER_RETRIES: u32 = 8;
 const LONGEST_PAUSE_MS: u16 = 8;
+/// Turns for one busy space before the bell and the others are looked at.
+const TURNS_WITHOUT_A_LOOK: u32 = 16;
 /// The bell's token in epoll; spaces use their ids.
 const BELL_TOKEN: u64 = u64::MAX;
 
 /// Everything that the thread works with; made before it starts, so that it allocates nothing.
 pub(crate) struct Handler {
+    /// Where threads that bring their own pages look at the table of the own process; `None` if they don't. Dropped before
+    /// the table.
+    desk: Option<Desk>,
     shared: Arc<EngineShared>,
     keeper: Arc<KeeperHandle>,
     spaces: MmapVec<Space>,
-    epoll: Private<EpollFd>,
+    epoll: Arc<Private<EpollFd>>,
+    placer: Placer,
+    /// The one space whose faults were answered last: there may be more, which need no wait.
+    busy: Option<SpaceId>,
+    /// Turns without a look at everything.
+    turns: u32,
     bell: Arc<Bell>,
     commands: Receiver<Command>,
     messages: MsgBuffer,
@@ -62,6 +79,10 @@ pub(crate) struct Handler {
     /// Regions of the own process that are being dropped.
     leavers: usize,
     idle_rounds: u32,
+    crew: Arc<Crew>,
+    caller: Caller,
+    /// Where to call the crew at the end of this turn.
+    to_call: Option<Cpus>,
 }
 
 /// How far the end of a retired thread without areas is prepared.
@@ -85,24 +106,31 @@ pub(crate) struct Parts {
     pub(crate) jobs: Sender<ReadJob>,
     pub(crate) done: Receiver<ReadDone>,
     pub(crate) workers: WorkerIds,
-    pub(crate) fault_around_pages: usize,
+    pub(crate) fault_around: FaultAround,
     pub(crate) read_buffers: usize,
+    /// Threads that answer simple faults beside this one.
+    pub(crate) crew: Arc<Crew>,
+    /// They are to do so all the time.
+    pub(crate) crew_always: bool,
 }
 
 impl Handler {
     pub(crate) fn new(parts: Parts) -> Result<Handler> {
         let no_memory = Error::sys("mmap for the fault-handling thread");
-        let epoll = EpollFd::open().map_err(Error::sys("epoll_create1 for the fault-handling thread"))?;
+        let epoll = Arc::new(EpollFd::open().map_err(Error::sys("epoll_create1 for the fault-handling thread"))?);
         let readable = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
         epoll.0.add(&*parts.bell, readable(BELL_TOKEN)).map_err(Error::sys("epoll_ctl for the command bell"))?;
         epoll.0.add(&**parts.uffd, readable(OWN_SPACE)).map_err(Error::sys("epoll_ctl for a userfaultfd"))?;
-        let window_bytes = parts.fault_around_pages * page_size();
+        let window_bytes = parts.fault_around.read_pages() * page_size();
         let anonymous = |bytes| MmapMut::map_anon(bytes).map_err(Error::io("mmap of a read buffer"));
         let mut buffers = MmapVec::new();
         buffers.try_reserve(parts.read_buffers).map_err(&no_memory)?;
         for _ in 0..parts.read_buffers {
             buffers.try_push(ReadBuffer(anonymous(window_bytes)?)).map_err(|(_, errno)| no_memory(errno))?;
         }
+        let shared = &parts.shared;
+        let desk =
+            shared.delivers_in_thread().then(|| Desk::new(shared, &parts.uffd, &parts.counters, parts.fault_around));
         let mut spaces = MmapVec::new();
         let own = Space {
             id: OWN_SPACE,
@@ -113,6 +141,7 @@ impl Handler {
             counters: parts.counters,
         };
         spaces.try_push(own).map_err(|(_, errno)| no_memory(errno))?;
+        let caller = Caller::new(parts.crew_always);
         let held = || -> Result<MmapVec<Fault>> {
             let mut faults = MmapVec::new();
             faults.try_reserve(FAULTS_HELD).map_err(&no_memory)?;
@@ -125,7 +154,7 @@ impl Handler {
                 buffers,
                 parts.jobs,
                 parts.workers,
-                parts.fault_around_pages,
+                parts.fault_around,
                 parts.read_buffers,
             )
             .map_err(&no_memory)?,
@@ -140,32 +169,48 @@ impl Handler {
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
             unsent: MmapVec::new(),
+            desk: desk.transpose()?,
             done: parts.done,
             retired: false,
             ending: Ending::No,
             leavers: 0,
             idle_rounds: 0,
+            placer: Placer::new(Placement::Floating, None),
+            busy: None,
+            turns: 0,
+            to_call: caller.at_start(),
+            crew: parts.crew,
+            caller,
         })
+    }
+
+    /// What the thread waits in.
+    pub(crate) fn waits_in(&self) -> &Arc<Private<EpollFd>> {
+        &self.epoll
+    }
+
+    /// Goes to its first place. Called once, on the thread itself.
+    pub(crate) fn settle(&mut self, mut placer: Placer) {
+        placer.start();
+        self.placer = placer;
     }
 
     /// Serves until retired and empty.
     pub(crate) fn run(&mut self) {
-        let mut ready = [EpollEvent::empty(); 32];
         loop {
-            // EINTR can't come, as the thread blocks every signal, but a debugger may stop it: wait again.
-            let pause = self.pause();
-            let woken = self.epoll.0.wait(&mut ready, pause).unwrap_or(0);
-            let mut rung = false;
-            for event in &ready[..woken] {
-                match event.data() {
-                    BELL_TOKEN => rung = true,
-                    space => self.read_space(space),
-                }
-            }
+            self.open_desk();
+            self.placer.turns();
+            self.mind_the_crew();
+            let rung = self.read();
             // Events were applied while reading; only now are faults answered, by the table as it is.
             self.answer_pending();
             if rung {
                 self.bell.hear();
+                if self.crew.is_broken() {
+                    // The member that panicked hands on what it held whenever it comes to it, and rings afterwards.
+                    self.take_handed_on();
+                    self.answer_pending();
+                }
                 self.install_finished_reads();
             }
             self.retry_parked();
@@ -176,6 +221,166 @@ impl Handler {
             }
             if self.retired && self.is_finished() {
                 return;
+            }
+        }
+    }
+
+    /// Reads what there is, and waits for something if there is nothing. Answers whether the bell was rung.
+    fn read(&mut self) -> bool {
+        // A thread that faults without a pause has faulted again by the time it has been answered.
+        let busy = self.busy.take();
+        if let Some(space) = busy
+            && self.read_space(space)
+        {
+            self.turns += 1;
+            self.busy = busy.filter(|_| self.turns < TURNS_WITHOUT_A_LOOK);
+            return false;
+        }
+        let mut ready = [EpollEvent::empty(); 32];
+        let woken = self.wait(&mut ready, busy.is_some() && self.turns < TURNS_WITHOUT_A_LOOK);
+        self.turns = 0;
+        self.take_handed_on();
+        if self.crew.is_on() {
+            // The kernel tells faults before events, and members read one at a time: where more threads fault than there
+            // are members, no event would ever be read.
+            for index in 0..self.spaces.len() {
+                let id = self.spaces[index].id;
+                self.read_space(id);
+            }
+        }
+        let mut rung = false;
+        let mut heard = 0;
+        for event in &ready[..woken] {
+            match event.data() {
+                BELL_TOKEN => rung = true,
+                space => {
+                    if self.read_space(space) {
+                        heard += 1;
+                        self.busy = (heard == 1).then_some(space);
+                    }
+                }
+            }
+        }
+        if rung || !self.parked.is_empty() {
+            self.busy = None;
+        }
+        rung
+    }
+
+    /// Waits for news; answers how many there are. Says in `read` whether a read has just found nothing.
+    fn wait(&mut self, ready: &mut [EpollEvent], read: bool) -> usize {
+        self.open_desk();
+        let pause = self.pause();
+        if self.crew.is_on() {
+            return self.wait_for_the_crew(ready, pause);
+        }
+        let Handler { epoll, placer, .. } = self;
+        // EINTR can't come, as the thread blocks every signal, but a debugger may stop it: wait again.
+        let mut wait = |pause| epoll.0.wait(ready, pause).unwrap_or(0);
+        if pause != EpollTimeout::NONE {
+            return wait(pause);
+        }
+        if let Some(spin) = placer.spin().filter(|_| read) {
+            let start = Instant::now();
+            while start.elapsed() < spin {
+                let woken = wait(EpollTimeout::ZERO);
+                if woken > 0 {
+                    return woken;
+                }
+            }
+        }
+        if !placer.is_following() {
+            return wait(EpollTimeout::NONE);
+        }
+        let woken = if read { 0 } else { wait(EpollTimeout::ZERO) };
+        if woken > 0 {
+            return woken;
+        }
+        placer.sleeps();
+        let woken = wait(EpollTimeout::from(LONGEST_WAIT_MS));
+        placer.wakes(woken == 0);
+        // In vain: from here on without a limit.
+        woken
+    }
+
+    /// Waits while the crew serves; no longer than until it is to be looked whether that is needed.
+    fn wait_for_the_crew(&mut self, ready: &mut [EpollEvent], pause: EpollTimeout) -> usize {
+        let pause = if pause == EpollTimeout::NONE && !self.caller.is_always() { REVIEW_MS.into() } else { pause };
+        self.crew.open(&self.spaces);
+        let woken = self.epoll.0.wait(ready, pause).unwrap_or(0);
+        self.crew.close();
+        woken
+    }
+
+    /// Calls the crew, lets it go, or has it change places.
+    fn mind_the_crew(&mut self) {
+        let unfit = self.retired || self.crew.is_broken();
+        if !self.crew.is_on() {
+            if let Some(cpus) = self.to_call.take().filter(|_| !unfit && !self.crew.members.is_empty()) {
+                self.call_the_crew(&cpus);
+            }
+        } else if unfit || !self.has_room_for_the_crew() {
+            self.let_the_crew_go();
+        } else {
+            match self.caller.review(&self.crew) {
+                Review::GoOn => {}
+                Review::Direct(cpus) => self.crew.direct(cpus.as_slice()),
+                Review::LetGo => self.let_the_crew_go(),
+            }
+        }
+    }
+
+    fn call_the_crew(&mut self, cpus: &Cpus) {
+        // Members that were let go may look once more; nobody goes in any more until they are called.
+        self.crew.close();
+        if !self.has_room_for_the_crew() || self.crew.call(cpus.as_slice(), &self.spaces).is_err() {
+            return self.crew.open(&self.spaces);
+        }
+        self.listen(EpollFlags::empty());
+        self.caller.called(&self.crew);
+        self.busy = None;
+        // Where it followed a thread, a member is now.
+        self.placer.stop();
+    }
+
+    fn let_the_crew_go(&mut self) {
+        self.take_handed_on();
+        self.crew.let_go(&self.spaces);
+        self.to_call = None;
+        self.listen(EpollFlags::EPOLLIN);
+        self.answer_pending();
+    }
+
+    /// Has epoll tell of the spaces' messages, or not.
+    fn listen(&self, flags: EpollFlags) {
+        for Space { id, uffd, .. } in &*self.spaces {
+            if let Some(uffd) = uffd {
+                // It was added, and changing that takes no memory. If the application has closed it, nobody serves it.
+                let _ = self.epoll.0.modify(&**uffd, &mut EpollEvent::new(flags, *id));
+            }
+        }
+    }
+
+    /// Makes room for what members may read before this thread takes it, as before a read of its own.
+    fn has_room_for_the_crew(&mut self) -> bool {
+        let posts = self.spaces.iter().map(|space| space.table.len()).sum::<usize>() + 6 * HANDED_ON;
+        self.spaces.iter_mut().all(|space| space.table.try_reserve(4 * HANDED_ON).is_ok())
+            && self.unsent.try_reserve(posts).is_ok()
+    }
+
+    /// Takes what members have read and not answered, in the order of reading.
+    fn take_handed_on(&mut self) {
+        if !self.crew.is_on() && !self.crew.is_broken() {
+            return;
+        }
+        while let Some(handed_on) = self.crew.take() {
+            self.caller.took();
+            match handed_on {
+                HandedOn::Message(space, message) => self.read_messages(space, Some(message)),
+                HandedOn::Failed(fault) => {
+                    // There is room: faults are answered before more are read.
+                    let _ = self.pending.try_push(fault);
+                }
             }
         }
     }
@@ -206,19 +411,47 @@ impl Handler {
         EpollTimeout::from((1u16 << doublings).min(LONGEST_PAUSE_MS))
     }
 
+    /// Keeps threads that bring their own pages away from the table until [`Handler::open_desk`]: before an event of the own
+    /// process is read, and before its table changes.
+    fn close_desk(&mut self) {
+        if let Some(desk) = &mut self.desk {
+            desk.close();
+        }
+    }
+
+    fn open_desk(&mut self) {
+        if let (Some(desk), Some(own)) = (&mut self.desk, self.spaces.first()) {
+            desk.open(&own.table, !self.retired);
+        }
+    }
+
     fn index_of(&self, space: SpaceId) -> Option<usize> {
         self.spaces.binary_search_by_key(&space, |space| space.id).ok()
     }
 
-    /// Reads what a space has to say: applies events at once, holds faults back.
-    fn read_space(&mut self, id: SpaceId) {
+    /// Reads what a space has to say: applies events at once, holds faults back. Answers whether there were any.
+    fn read_space(&mut self, id: SpaceId) -> bool {
+        let before = self.pending.len();
+        self.read_messages(id, None);
+        self.pending.len() > before
+    }
+
+    /// Takes a message that a member of the crew has read, or reads what there is.
+    fn read_messages(&mut self, id: SpaceId, mut given: Option<Message>) {
         let Some(index) = self.index_of(id) else { return };
+        let is_given = given.is_some();
+        if id == OWN_SPACE {
+            self.close_desk();
+        }
         loop {
-            // Each message may split an area. Without room for that, its event must not be read: the thread that
-            // unmaps then waits, and nothing is lost.
+            // Each message may split an area, or have two addresses looked up. Without room for that, its event must not
+            // be read: the thread that unmaps then waits, and nothing is lost.
             let table = &mut self.spaces[index].table;
-            let most_areas = table.len() + 4 * MESSAGES_PER_READ;
-            if table.try_reserve(4 * MESSAGES_PER_READ).is_err() || self.unsent.try_reserve(most_areas).is_err() {
+            let most_posts = table.len() + 6 * MESSAGES_PER_READ;
+            // For what a member reads, room was made before.
+            if !is_given
+                && (table.try_reserve(4 * MESSAGES_PER_READ).is_err() || self.unsent.try_reserve(most_posts).is_err())
+            {
                 // epoll goes on to report it: give others the processor, perhaps one of them frees some.
                 std::thread::yield_now();
                 return;
@@ -226,16 +459,20 @@ impl Handler {
             if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, parked, strays, unsent, shared, keeper, resolver, ending, .. } =
-                self;
+            let Handler { spaces, messages, pending, parked, strays, unsent, shared, resolver, ending, .. } = self;
             let space = &mut spaces[index];
             let Some(uffd) = space.uffd.clone() else { return };
-            let read = uffd.read(messages, |message| match message {
+            // One look at the clock for all that are read together.
+            let mut since = None;
+            let each = |message| match message {
                 Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
                     add(&shared.counters.faults, 1);
-                    add(&shared.counters.write_faults, write.into());
-                    space.counters.faults.fetch_add(1, Ordering::Relaxed);
-                    let fault = Fault { space: id, addr: page_floor(addr), tid, retries: 0, starved: 0, alone: false };
+                    if write {
+                        add(&shared.counters.write_faults, 1);
+                    }
+                    add(&space.counters.faults, 1);
+                    let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
+                    let fault = Fault { space: id, addr, tid, write, since, retries: 0, starved: 0, alone: false };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
@@ -252,8 +489,11 @@ impl Handler {
                     };
                     // What the event does not say: whether the old range is left, and where the new one ends.
                     let beside = match event {
-                        Message::Remap { from, to, len } => Some([from, to + len]),
-                        _ => None,
+                        Message::Remap { to, len: 0, .. } => [Some((to, Cause::Made)), None],
+                        Message::Remap { from, to, len } => {
+                            [Some((from, Cause::Left { len })), Some((to + len, Cause::Behind))]
+                        }
+                        _ => [None, None],
                     };
                     apply_event(shared, space, &uffd, event, unsent);
                     // Their threads were woken. Answered later, they might meet another region at the address.
@@ -263,18 +503,20 @@ impl Handler {
                     strays.unmapped(id, &gone);
                     // Perhaps it was of what is in no table.
                     *ending = Ending::No;
-                    if let Some(beside) = beside {
-                        for addr in beside {
-                            // Without place or room: when it is touched.
-                            if let Held::New(lookup) = strays.probe(id, addr)
-                                && keeper.try_post(Post::Stray { space: id, addr, lookup }).is_err()
-                            {
-                                strays.take(lookup);
-                            }
+                    for (addr, cause) in beside.into_iter().flatten() {
+                        // Without memory: when it is touched.
+                        if let Some(lookup) = strays.probe(id, addr, cause)
+                            && unsent.try_push(Post::Stray(Stray { space: id, addr, lookup })).is_err()
+                        {
+                            strays.take(lookup);
                         }
                     }
                 }
-            });
+            };
+            if is_given {
+                return given.take().map_or((), each);
+            }
+            let read = uffd.read(messages, each);
             match read {
                 Ok(0) | Err(_) => return,
                 Ok(n) => {
@@ -292,6 +534,16 @@ impl Handler {
         for index in 0..self.pending.len() {
             let fault = self.pending[index];
             self.answer(fault);
+            // Where it would go, a member is.
+            if self.crew.is_on() {
+                continue;
+            }
+            self.placer.saw(fault.tid);
+            if !self.crew.members.is_empty()
+                && let cpus @ Some(_) = self.caller.saw(fault.space, fault.tid)
+            {
+                self.to_call = cpus;
+            }
         }
         self.pending.clear();
     }
@@ -307,7 +559,8 @@ impl Handler {
     /// Does what an answer asks for.
     fn follow(&mut self, fault: Fault, answer: Answer) {
         match answer {
-            Answer::Done => {}
+            Answer::Done => self.shared.latency.record(fault.since),
+            Answer::Handed => {}
             Answer::Later | Answer::Starved => {
                 add(&self.shared.counters.parked, 1);
                 let retries = fault.retries.saturating_add(1);
@@ -340,9 +593,9 @@ impl Handler {
         let Fault { space, addr, .. } = fault;
         match self.strays.hold(fault) {
             // A worker must not wait as another thread would, perhaps for a worker: it faults again until the answer is there.
-            Held::Known(_) if self.resolver.is_worker(&fault) => {}
-            Held::Known(_) => return,
-            Held::New(lookup) if self.keeper.try_post(Post::Stray { space, addr, lookup }).is_ok() => return,
+            Held::Known if self.resolver.is_worker(&fault) => {}
+            Held::Known => return,
+            Held::New(lookup) if self.keeper.try_post(Post::Stray(Stray { space, addr, lookup })).is_ok() => return,
             Held::New(lookup) => drop(self.strays.take(lookup)),
             Held::NoPlace => {}
         }
@@ -355,21 +608,31 @@ impl Handler {
     }
 
     /// Follows what was found at an address, and answers the thread that waits there.
-    fn found(&mut self, lookup: LookupId, finding: &Finding) {
-        let Some(Lookup { space: id, addr, fault, untouched, .. }) = self.strays.take(lookup) else { return };
-        let Some(index) = self.index_of(id) else { return };
+    ///
+    /// # Errors
+    ///
+    /// [`Changing`]: what was found says nothing yet, it is to be looked up again.
+    fn found(&mut self, lookup: LookupId, finding: Finding) -> std::result::Result<(), Changing> {
+        let Some(&Lookup { space: id, addr, cause, .. }) = self.strays.get(lookup) else { return Ok(()) };
+        let Some(index) = self.index_of(id) else { return Ok(()) };
         let space = &mut self.spaces[index];
-        let known = match finding {
+        let (finding, doubtful) = uncover(space, addr, cause, finding);
+        // An event that is not read yet may be of the unmap after which somebody else has got the addresses.
+        if doubtful && is_changing(space) {
+            return Err(Changing);
+        }
+        let Some(Lookup { fault, untouched, .. }) = self.strays.take(lookup) else { return Ok(()) };
+        let known = match &finding {
             // An event that came meanwhile told of it.
             _ if space.table.find(addr).is_some() => Ok(true),
             Finding::Vmap(shown) => adopt(space, addr, shown, &untouched).inspect(|&adopted| {
                 space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
                 add(&self.shared.counters.adopted, adopted.into());
             }),
-            Finding::Nothing => Err(Errno::ENOENT),
+            Finding::Nothing | Finding::Hidden(_) => Err(Errno::ENOENT),
             Finding::Foreign => Ok(false),
         };
-        let (Some(fault), space) = (fault, &self.spaces[index]) else { return };
+        let (Some(fault), space) = (fault, &self.spaces[index]) else { return Ok(()) };
         match (known, &space.uffd) {
             (Ok(true), _) => self.answer(fault),
             (Ok(false), _) => {
@@ -380,12 +643,41 @@ impl Handler {
             (Err(_), Some(uffd)) => drop(self.resolver.wake(uffd, addr)),
             (Err(_), None) => {}
         }
+        Ok(())
+    }
+
+    /// Has the addresses looked up that threads ask for which bring their own pages.
+    fn hear_touchers(&mut self) {
+        let Handler { desk: Some(desk), spaces, strays, keeper, retired: false, .. } = self else { return };
+        let Some(own) = spaces.first() else { return };
+        desk.hear(|addr| {
+            if own.table.find(addr).is_some() {
+                return None;
+            }
+            let lookup = strays.probe(OWN_SPACE, addr, Cause::Touch)?;
+            if keeper.try_post(Post::Stray(Stray { space: OWN_SPACE, addr, lookup })).is_err() {
+                strays.take(lookup);
+                return None;
+            }
+            Some(lookup)
+        });
+    }
+
+    /// Answers the thread that has asked for a lookup: it touches again, unless something unknown is at `addr`.
+    fn tell_toucher(&mut self, lookup: LookupId, addr: Option<usize>) {
+        let Handler { desk: Some(desk), spaces, shared, .. } = self else { return };
+        let known = |addr| spaces.first().is_some_and(|own| own.table.find(addr).is_some());
+        let again = addr.is_none_or(known);
+        if desk.found(lookup, again) && !again {
+            add(&shared.counters.strays, 1);
+        }
     }
 
     /// Does what the event of a page's unmap would have done, which the kernel did not report.
     /// Answers `false` for want of memory.
     fn unmapped_unseen(&mut self, space: SpaceId, addr: usize) -> bool {
         let Some(index) = self.index_of(space) else { return true };
+        self.close_desk();
         let Handler { spaces, unsent, shared, .. } = self;
         let space = &mut spaces[index];
         let Some(uffd) = space.uffd.clone() else { return true };
@@ -407,6 +699,10 @@ impl Handler {
 
     /// Answers the faults that wait for a worker, whose source may never come back, or for the keeper.
     fn abandon_waits(&mut self) {
+        self.close_desk();
+        if let Some(desk) = &mut self.desk {
+            desk.refuse_all();
+        }
         while let Some(fault) = self.resolver.abandon_read().or_else(|| self.strays.pop()) {
             self.answer(fault);
         }
@@ -449,6 +745,8 @@ impl Handler {
     }
 
     fn obey_commands(&mut self) {
+        self.close_desk();
+        self.hear_touchers();
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command);
         }
@@ -491,6 +789,17 @@ impl Handler {
                 }
                 reply.answer(pieces);
             }
+            Command::Piece { region, start, end, reply } => {
+                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index].table);
+                let piece = own.and_then(|table| {
+                    table.overlapping(start, end).find(|area| area.region == region && !area.leaving)
+                });
+                reply.answer(piece.map(|area| {
+                    let range = area.start.max(start)..area.end.min(end);
+                    let pgoff = area.pgoff_of(range.start);
+                    (range, pgoff)
+                }));
+            }
             Command::Leave { region, reply } => {
                 self.leavers += 1;
                 let table = self.index_of(OWN_SPACE).map(|index| &mut self.spaces[index].table);
@@ -519,8 +828,14 @@ impl Handler {
             Command::Adopt { space, uffd, masks, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
-                        let added = self.epoll.0.add(&**uffd, EpollEvent::new(EpollFlags::EPOLLIN, space));
-                        if added.is_ok() {
+                        let (on, flags) = (self.crew.is_on(), EpollFlags::EPOLLIN);
+                        let flags = if on { EpollFlags::empty() } else { flags };
+                        let added = self.epoll.0.add(&**uffd, EpollEvent::new(flags, space));
+                        let added = added.and_then(|()| if on { self.crew.watch(&uffd, space) } else { Ok(()) });
+                        if added.is_err() {
+                            let _ = self.epoll.0.delete(&**uffd);
+                            self.crew.unwatch(&uffd);
+                        } else {
                             self.spaces[index].uffd = Some(uffd);
                             self.spaces[index].masks = masks;
                         }
@@ -551,17 +866,16 @@ impl Handler {
             }
             Command::Probe { space, addr, reply } => {
                 let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
-                let held = if known { Held::NoPlace } else { self.strays.probe(space, addr) };
-                reply.answer(match held {
-                    Held::New(lookup) | Held::Known(lookup) => Some(lookup),
-                    Held::NoPlace => None,
-                });
+                reply.answer(if known { None } else { self.strays.probe(space, addr, Cause::Behind) });
             }
             Command::Found { lookup, finding, reply } => {
-                self.found(lookup, &finding);
-                if let Some(reply) = reply {
-                    reply.answer(());
+                let addr = self.strays.get(lookup).map(|lookup| lookup.addr);
+                let unmapped = matches!(finding, Finding::Nothing | Finding::Hidden(_));
+                let outcome = self.found(lookup, finding);
+                if outcome.is_ok() {
+                    self.tell_toucher(lookup, addr.filter(|_| !unmapped));
                 }
+                reply.answer(outcome);
             }
             Command::Unmapped { space, addr } => {
                 // Without memory the page stays in the table, as if its process had not told.
@@ -573,12 +887,14 @@ impl Handler {
                 self.abandon_waits();
                 reply.answer(());
             }
+            Command::Huge { memory, reply } => reply.answer(self.resolver.take_huge(memory)),
             Command::End => self.ending = Ending::Allowed,
             #[cfg(test)]
             Command::Panic => panic!("asked to"),
         }
     }
 
+    #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be allocated")]
     fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), NotEntered> {
         let Some(index) = self.index_of(space).filter(|_| !self.retired) else { return Err(NotEntered::Ended(area)) };
         let space = &mut self.spaces[index];
@@ -649,12 +965,21 @@ impl Handler {
         let removed = self.spaces.remove(index);
         if let Some(uffd) = &removed.uffd {
             let _ = self.epoll.0.delete(&***uffd);
+            if self.crew.is_on() {
+                self.crew.unwatch(uffd);
+            }
         }
         for faults in [&mut self.pending, &mut self.parked] {
             faults.drain_where(|fault| fault.space == space, drop);
         }
         self.strays.forget(space);
         Some(removed)
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        self.crew.end();
     }
 }
 
@@ -710,6 +1035,30 @@ fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event
 mod tests {
     use crate::runtime::command::Command;
     use crate::{AttachOptions, Engine, Kiobuf, Shutdown};
+
+    /// T74: as below, where the threads that touch bring their pages themselves.
+    #[test]
+    fn a_panicked_handler_has_missing_pages_be_sigbus_in_thread_too() {
+        let engine = Engine::builder().fault_around_pages(1).delivery(crate::Delivery::InThread).build().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; 3 * crate::page_size()]).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let mut byte = [0];
+        region.read_at(0, &mut byte).unwrap();
+        engine.shared_for_tests().handler.send(Command::Panic);
+        assert_eq!(vmap.attach(&AttachOptions::new()).unwrap_err().errno(), nix::errno::Errno::ESHUTDOWN);
+        region.read_at(1, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+        // The kernel has this process touch the page, which it survives.
+        let missing = region.as_ptr().wrapping_add(crate::page_size());
+        // SAFETY: brings a page, or not.
+        let touched = unsafe { libc::madvise(missing.cast(), 1, libc::MADV_POPULATE_READ) };
+        assert_eq!(nix::errno::Errno::result(touched), Err(nix::errno::Errno::EFAULT));
+        drop(region);
+        assert_eq!(vmap.refcount().unwrap(), 0);
+        engine.shutdown(Shutdown::Poison).unwrap();
+    }
 
     /// T74: a panic of the fault-handling thread is a bug, and must be neither a zero page nor a hang: what was
     /// resident stays, a region can still be dropped and is counted, and the engine still shuts down.

@@ -117,7 +117,7 @@ impl KeeperHandle {
     }
 
     /// Tells whether the keeper is thread `tid` of the engine's process.
-    pub(super) fn is_thread(&self, tid: i32) -> bool {
+    pub(crate) fn is_thread(&self, tid: i32) -> bool {
         tid != 0 && self.tid.load(Ordering::Relaxed) == tid
     }
 
@@ -129,6 +129,7 @@ impl KeeperHandle {
     }
 
     /// From the fault-handling thread: neither waits nor allocates; gives the post back when it does not fit.
+    #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be allocated")]
     pub(crate) fn try_post(&self, post: Post) -> std::result::Result<(), Post> {
         match self.posts.try_send(post) {
             Err(TrySendError::Full(post)) => Err(post),

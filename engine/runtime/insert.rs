@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::command::{Command, NotEntered};
+use super::readahead::Streams;
 use super::shared::EngineShared;
 use crate::process::gate;
 use crate::space::table::{Area, InsertError};
@@ -38,7 +39,8 @@ pub(crate) enum Inserted {
 pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<Inserted> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
     let Contents { list, window, generation } = vmap.contents();
-    let target = Target { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone(), generation, inherit };
+    let (page, list, window, streams) = (vmap.page(), list.clone(), window.clone(), Streams::default());
+    let target = Target { vmap: Arc::clone(vmap), list, window, generation, page, inherit, streams };
     let area = Area { start, end, pgoff, region, writable, leaving: false, target };
     let inserted = {
         // A child that another thread forks has the area or does not have it, as the engine knows.

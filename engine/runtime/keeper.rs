@@ -3,6 +3,7 @@
 //! It may allocate, lock and wait for the fault-handling thread; it never waits for a process, a source or a callback.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,11 +17,11 @@ use nix::sys::socket::{Shutdown, shutdown};
 use super::bell::EpollFd;
 use super::call::Ticket;
 use super::children::{fork_space, inherited_areas};
-use super::command::{Command, NotCut, Post};
+use super::command::{Changing, Command, NotCut, Post, Stray};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
-use super::strays::{Finding, LookupId, find};
+use super::strays::{Finding, find};
 use super::threads;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
@@ -32,12 +33,17 @@ use crate::space::table::Area;
 use crate::space::{AreaRecord, OWN_SPACE, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Liveness, Userfault};
+use crate::trace::tell;
 use crate::vmap::core::{Caller, Notice, Opened};
 use crate::{Error, Result};
 
 const BELL_TOKEN: u64 = u64::MAX;
 /// A child that closed its lifeline itself is looked at this often: nothing tells when it execs.
 const ORPHAN_LOOK_MS: u16 = 100;
+/// Looks at an address whose space is changing, one after the other; between more of them there is a pause.
+const EAGER_LOOKS: usize = 100;
+/// That pause.
+const LOOK_PAUSE_MS: u16 = 1;
 /// Rounds of news after which a question whether all is counted is answered, even if more news keep coming.
 const SETTLING_ROUNDS: usize = 1000;
 
@@ -65,6 +71,8 @@ pub(crate) struct Keeper {
     peers: HashMap<SpaceId, Peer>,
     /// Attaches of children that wait for a callback.
     deferred: Vec<(SpaceId, AreaRecord)>,
+    /// Addresses to be looked up again, because their space was changing.
+    later: Vec<Stray>,
     /// Who waits for everything up to now to be counted.
     settling: Vec<Ticket<()>>,
     ended: bool,
@@ -92,6 +100,7 @@ impl Keeper {
             epoll,
             peers: HashMap::new(),
             deferred: Vec::new(),
+            later: Vec::new(),
             settling: Vec::new(),
             ended: false,
         })
@@ -105,7 +114,11 @@ impl Keeper {
         let mut looked = Instant::now();
         while !self.ended {
             let orphans = self.peers.values().any(|peer| peer.orphan);
-            self.attend(if orphans { EpollTimeout::from(ORPHAN_LOOK_MS) } else { EpollTimeout::NONE });
+            self.attend(match (self.later.is_empty(), orphans) {
+                (false, _) => EpollTimeout::from(LOOK_PAUSE_MS),
+                (true, true) => EpollTimeout::from(ORPHAN_LOOK_MS),
+                (true, false) => EpollTimeout::NONE,
+            });
             if self.shared.is_child() {
                 // What was dropped here forked and returned in the child.
                 threads::end_child();
@@ -116,7 +129,11 @@ impl Keeper {
                     self.peers.iter().filter(|(_, peer)| peer.orphan).map(|(&space, _)| space).collect();
                 orphans.into_iter().for_each(|space| self.look_after(space));
             }
-            if !self.settling.is_empty() {
+            for stray in std::mem::take(&mut self.later) {
+                self.look_up(stray);
+            }
+            // An area that could not be told yet is counted first.
+            if !self.settling.is_empty() && self.later.is_empty() {
                 // What the kernel had to report when the question came is reported by now.
                 for _ in 0..SETTLING_ROUNDS {
                     if self.attend(EpollTimeout::ZERO) == 0 {
@@ -126,7 +143,9 @@ impl Keeper {
                 self.count_posts();
                 // What was looked up for that.
                 let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
-                self.settling.drain(..).for_each(|reply| reply.answer(()));
+                if self.later.is_empty() {
+                    self.settling.drain(..).for_each(|reply| reply.answer(()));
+                }
             }
         }
         let _ = self.notices.send(Notice::End);
@@ -156,7 +175,7 @@ impl Keeper {
             match post {
                 Post::Closed(area) => self.close(area),
                 Post::Gone(space) => self.look_after(space),
-                Post::Stray { space, addr, lookup } => self.look_up(space, addr, lookup),
+                Post::Stray(stray) => self.look_up(stray),
                 // If something is, the thread asks again when it is told of an unmap.
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
@@ -172,47 +191,75 @@ impl Keeper {
         threads::contain(&self.shared, || drop(area));
     }
 
-    /// Looks an address up at which nobody waits; what is there is in the table when this returns.
-    fn probe(&self, space: SpaceId, addr: usize) -> Result<()> {
+    /// Looks an address up at which nobody waits; what is there is in the table when this returns, unless the space is
+    /// changing.
+    fn probe(&self, space: SpaceId, addr: usize) -> Result<Reply> {
         if is_aligned(addr)
             && let Some(lookup) = self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })?
+            && let Err(Changing) = self.tell(Stray { space, addr, lookup })?
         {
-            let finding = self.find(space, addr);
-            self.shared.handler.ask(|reply| Command::Found { lookup, finding, reply: Some(reply) })?;
+            // It is asked again.
+            let finding = Finding::Nothing;
+            let _ = self.shared.handler.ask(|reply| Command::Found { lookup, finding, reply })?;
+            return Ok(Reply::Later);
         }
-        Ok(())
+        Ok(Reply::Done)
     }
 
     /// Tells the fault-handling thread that a page of a child was unmapped, unless it was attached anew since: that is
     /// entered by this thread, before it can be touched.
     fn unmapped(&self, space: SpaceId, addr: usize) {
-        let shown = self.open_maps(space).and_then(|maps| maps.find(addr).ok()?);
-        let is_ours = shown.is_some_and(|vma| self.shared.vmaps.id_of(vma.file).is_some());
+        let is_ours = matches!(self.find(space, addr), Finding::Vmap(_) | Finding::Hidden(_));
         if is_aligned(addr) && !is_ours {
             self.shared.handler.send(Command::Unmapped { space, addr });
         }
     }
 
+    /// Looks an address up, now or later.
+    fn look_up(&mut self, stray: Stray) {
+        for _ in 0..EAGER_LOOKS {
+            let Ok(Err(Changing)) = self.tell(stray) else { return };
+            // The thread that changes it needs the processor to finish.
+            std::thread::yield_now();
+        }
+        self.later.push(stray);
+    }
+
     /// Looks an address up, and tells the fault-handling thread.
-    fn look_up(&self, space: SpaceId, addr: usize, lookup: LookupId) {
+    fn tell(&self, Stray { space, addr, lookup }: Stray) -> Result<std::result::Result<(), Changing>> {
         let finding = self.find(space, addr);
-        self.shared.handler.send(Command::Found { lookup, finding, reply: None });
+        tell!(
+            DEBUG,
+            "kiomap::stray",
+            "looked up",
+            engine = self.shared.id,
+            space = space,
+            addr = addr,
+            finding = format!("{finding:?}")
+        );
+        self.shared.handler.ask(|reply| Command::Found { lookup, finding, reply })
     }
 
     /// Looks an address up in the kernel's own table of a process.
     fn find(&self, space: SpaceId, addr: usize) -> Finding {
         // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
-        let maps = self.open_maps(space);
-        maps.map_or(Finding::Foreign, |maps| find(&maps, addr, |file| self.shared.vmaps.id_of(file)))
+        let Some(maps) = self.open_maps(space, maps::open_own, maps::open) else { return Finding::Foreign };
+        let details = || self.open_maps(space, maps::open_own_details, maps::open_details);
+        find(&maps, addr, |file| self.shared.vmaps.owner_of(file), details)
     }
 
-    fn open_maps(&self, space: SpaceId) -> Option<Maps> {
+    fn open_maps(
+        &self,
+        space: SpaceId,
+        own: impl FnOnce() -> io::Result<Maps>,
+        of: impl FnOnce(libc::pid_t) -> io::Result<Maps>,
+    ) -> Option<Maps> {
         if space == OWN_SPACE {
-            return maps::open_own().ok();
+            return own().ok();
         }
         let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;
         let pid = pid_of(pidfd.as_fd())?;
-        let maps = maps::open(pid).ok()?;
+        let maps = of(pid).ok()?;
         // It still is: the number was not another process's meanwhile.
         (pid_of(pidfd.as_fd())? == pid).then_some(maps)
     }
@@ -296,7 +343,7 @@ impl Keeper {
                 .handler
                 .ask(|reply| Command::Pieces { space, region, reply })
                 .map(|pieces| (Reply::Pieces(pieces), None)),
-            Ask::LookUp { addr } => self.probe(space, addr as usize).map(|()| (Reply::Done, None)),
+            Ask::LookUp { addr } => self.probe(space, addr as usize).map(|reply| (reply, None)),
             Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
             Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
                 Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
@@ -327,6 +374,7 @@ impl Keeper {
         let complete = peer.pidfd.is_some() && (self.shared.poisons() || peer.masks.is_some());
         let (Some(uffd), true, 0) = (descriptor, complete, errno) else {
             // The child could not map its areas: it has none.
+            tell!(WARN, "kiomap::process", "has no regions", engine = self.shared.id, pid = pid, errno = errno);
             return self.part_with(space);
         };
         let (uffd, masks) = (Arc::new(uffd.map(Userfault::from)), peer.masks.clone());
@@ -337,6 +385,7 @@ impl Keeper {
         });
         match handed_over {
             Ok(()) => {
+                tell!(DEBUG, "kiomap::process", "is served", engine = self.shared.id, pid = pid);
                 peer.uffd = Some(uffd);
                 self.reply(space, Reply::Done, None);
             }
@@ -472,6 +521,13 @@ impl Keeper {
         };
         if gone {
             add(&self.shared.counters.processes_gone, 1);
+            tell!(
+                DEBUG,
+                "kiomap::process",
+                "is gone",
+                engine = self.shared.id,
+                pid = peer.counters.pid.load(Ordering::Relaxed)
+            );
             self.part_with(space);
         }
     }

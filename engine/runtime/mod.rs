@@ -1,21 +1,33 @@
 //! The engine at work: its threads, what they share, and how they talk.
 
 pub(crate) mod around;
+pub(crate) mod background;
 pub(crate) mod bell;
 pub(crate) mod call;
 pub(crate) mod callbacks;
 pub(crate) mod children;
 pub(crate) mod command;
+pub(crate) mod crew;
+mod crew_call;
+mod crew_member;
+pub(crate) mod crossing;
 pub(crate) mod engine;
 pub(crate) mod fault;
 pub(crate) mod handler;
 pub(crate) mod handles;
+pub(crate) mod huge;
 pub(crate) mod insert;
+pub(crate) mod jobs;
 pub(crate) mod keeper;
 mod level;
 pub(crate) mod patience;
+pub(crate) mod placement;
+mod plan;
+pub(crate) mod readahead;
 pub(crate) mod resolve;
 pub(crate) mod shared;
 pub(crate) mod strays;
 pub(crate) mod threads;
+pub(crate) mod watch;
+mod whereabouts;
 pub(crate) mod workers;

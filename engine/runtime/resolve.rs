@@ -9,9 +9,11 @@ use crossbeam_channel::{Sender, TrySendError};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 
-use super::around::around;
+use super::around::{FaultAround, clip};
 use super::command::{ReadBuffer, ReadJob, ReadOrder};
 use super::fault::Fault;
+use super::huge::HugeSizes;
+use super::plan::{Plan, plan};
 use super::shared::EngineShared;
 use super::workers::WorkerIds;
 use crate::fork::masks;
@@ -27,7 +29,7 @@ use crate::sys::{Install, Stop, Userfault};
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
 /// Tries at a page while its address space is changing, before it is filled in another way.
-const RETRIES_BEFORE_ASIDE: u32 = 3;
+pub(super) const RETRIES_BEFORE_ASIDE: u32 = 3;
 /// Tries at refusing a page while its address space is changing, before it is refused in another way; with the handler's
 /// pauses, seconds.
 const RETRIES_BEFORE_MASK: u32 = 256;
@@ -37,8 +39,10 @@ const UNMAPPED_RETRIES: u32 = 16;
 /// What became of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
-    /// The thread is awake, or a worker reads its page.
+    /// The thread is awake.
     Done,
+    /// A worker reads its page.
+    Handed,
     /// To be tried again soon.
     Later,
     /// The same, because the kernel has no memory now.
@@ -52,23 +56,24 @@ pub(crate) enum Answer {
 }
 
 /// A read that is under way: neighbours of its pages needn't be read again.
-struct Claim {
-    vmap: u64,
-    pages: Range<u64>,
+pub(super) struct Claim {
+    pub(super) vmap: u64,
+    pub(super) pages: Range<u64>,
     /// The fault that it is for.
-    fault: Fault,
+    pub(super) fault: Fault,
 }
 
 /// Answers faults. Holds what that takes, made beforehand.
 pub(crate) struct Resolver {
-    shared: Arc<EngineShared>,
+    pub(super) shared: Arc<EngineShared>,
     /// Where pages are composed that can be read at once.
     bounce: MmapMut,
-    buffers: MmapVec<ReadBuffer>,
-    claims: MmapVec<Claim>,
-    jobs: Sender<ReadJob>,
+    pub(super) buffers: MmapVec<ReadBuffer>,
+    pub(super) claims: MmapVec<Claim>,
+    pub(super) jobs: Sender<ReadJob>,
     workers: WorkerIds,
-    fault_around_pages: u64,
+    fault_around: FaultAround,
+    pub(super) huge: HugeSizes,
 }
 
 impl Resolver {
@@ -78,13 +83,12 @@ impl Resolver {
         buffers: MmapVec<ReadBuffer>,
         jobs: Sender<ReadJob>,
         workers: WorkerIds,
-        fault_around_pages: usize,
+        fault_around: FaultAround,
         read_buffers: usize,
     ) -> Result<Resolver, Errno> {
         let mut claims = MmapVec::new();
         claims.try_reserve(read_buffers)?;
-        let fault_around_pages = fault_around_pages as u64;
-        Ok(Resolver { shared, bounce, buffers, claims, jobs, workers, fault_around_pages })
+        Ok(Resolver { shared, bounce, buffers, claims, jobs, workers, fault_around, huge: HugeSizes::default() })
     }
 
     /// Answers one fault.
@@ -103,35 +107,47 @@ impl Resolver {
             }
             return Answer::Stray;
         };
-        let page = page_size() as u64;
-        let pgoff = area.pgoff_of(fault.addr);
-        let pages = if fault.alone { 1 } else { self.fault_around_pages };
-        match area.target.list.nopage(pgoff) {
-            Nopage::Direct { src, run } => {
-                let window = around(pages, area, &run, pgoff);
-                let src = src.wrapping_add(((window.start - run.start) * page) as usize);
-                self.install(space, uffd, area, fault, window, Source::Memory(src))
-            }
-            Nopage::Zero { run } => {
-                let window = around(pages, area, &run, pgoff);
-                self.install(space, uffd, area, fault, window, Source::Zeros)
-            }
-            Nopage::Read { run, .. } => {
-                let window = around(pages, area, &run, pgoff);
-                self.read(space, uffd, area, fault, window)
-            }
-            Nopage::Sigbus(_) => self.poison(space, uffd, fault),
+        if area.target.page.is_huge() {
+            return self.resolve_huge(space, uffd, area, fault);
+        }
+        let around = if fault.alone { FaultAround::Fixed(1) } else { self.fault_around };
+        let plan = plan(around, area, area.pgoff_of(fault.addr));
+        if fault.retries == 0 {
+            plan.count(&self.shared.counters, area, fault.write);
+        }
+        match plan {
+            Plan::Copy { pages, src } => self.install(space, uffd, area, fault, pages, Source::Memory(src)),
+            Plan::Zero { pages } => self.install(space, uffd, area, fault, pages, Source::Zeros),
+            Plan::Read { run } => self.read(space, uffd, area, fault, run, around),
+            Plan::Sigbus => self.poison(space, uffd, fault),
         }
     }
 
-    /// Reads the pages of `window` at once if that can't block, else lets a worker do it.
+    /// Counts a fault by what its page is.
+    pub(super) fn count_found(&self, area: &Area<Target>, fault: &Fault, found: &Nopage) {
+        let (all, own) = (&*self.shared.counters, &*area.target.vmap.counters);
+        let (all, kind) = match found {
+            Nopage::Direct { .. } => (&all.faults_copied, &own.faults_copied),
+            Nopage::Read { .. } => (&all.faults_read, &own.faults_read),
+            Nopage::Zero { .. } => (&all.faults_zeroed, &own.faults_zeroed),
+            Nopage::Sigbus(_) => (&all.faults_refused, &own.faults_refused),
+        };
+        add(all, 1);
+        add(kind, 1);
+        if fault.write {
+            add(&own.write_faults, 1);
+        }
+    }
+
+    /// Reads some pages of `run` at once if that can't block, else lets a worker do it.
     fn read(
         &mut self,
         space: &Space,
         uffd: &Userfault,
         area: &Area<Target>,
         fault: &Fault,
-        window: Range<u64>,
+        run: Range<u64>,
+        around: FaultAround,
     ) -> Answer {
         let pgoff = area.pgoff_of(fault.addr);
         let vmap = area.target.vmap.id;
@@ -148,18 +164,19 @@ impl Resolver {
                 None => {}
             }
         }
+        let window = around.window(area, &run, pgoff, true);
         let bytes = (window.end - window.start) as usize * page_size();
         match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
             TryRead::Done => {
-                let source = Source::Memory(self.bounce.as_ptr());
+                let source = Source::Read(self.bounce.as_ptr());
                 self.install(space, uffd, area, fault, window, source)
             }
             // A neighbour's failure is not this page's.
             TryRead::Failed(_) if window.end - window.start > 1 => {
-                self.read(space, uffd, area, fault, pgoff..pgoff + 1)
+                self.read(space, uffd, area, fault, run, FaultAround::Fixed(1))
             }
             TryRead::Failed(_) => {
-                add(&self.shared.counters.source_errors, 1);
+                self.count_failed(area);
                 self.poison(space, uffd, fault)
             }
             TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
@@ -174,7 +191,7 @@ impl Resolver {
     }
 
     /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
-    fn refuse_worker(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+    pub(super) fn refuse_worker(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
         add(&self.shared.counters.self_faults, 1);
         self.poison(space, uffd, fault)
     }
@@ -189,14 +206,17 @@ impl Resolver {
             generation: target.generation,
             pages,
             addr: fault.addr,
+            since: fault.since,
+            huge: None,
             buffer,
         };
         match self.jobs.try_send(ReadJob { list: target.list.clone(), order }) {
             Ok(()) => {
                 add(&self.shared.counters.worker_reads, 1);
+                add(&target.vmap.counters.worker_reads, 1);
                 // As many places as buffers were reserved.
                 let _ = self.claims.try_push(claim);
-                Answer::Done
+                Answer::Handed
             }
             Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
                 // The buffer came from there: its place is free. The area holds the list too.
@@ -218,15 +238,25 @@ impl Resolver {
         order: ReadOrder,
         outcome: Result<(), Errno>,
     ) -> (Fault, Answer) {
+        if order.huge.is_some() {
+            return self.finish_huge_read(space, order, outcome);
+        }
         // A neighbour's failure is not this page's: read it alone then.
         let alone = outcome.is_err() && order.pages.end - order.pages.start > 1;
+        let starved = self.starved_before(&order);
         // What was read once is not read again because the address space is changing.
-        let fault = Fault { alone, retries: RETRIES_BEFORE_ASIDE, ..order.fault() };
+        let fault = Fault { alone, retries: RETRIES_BEFORE_ASIDE, starved, ..order.fault() };
         let installed = if alone { None } else { self.install_read(space, &order, &fault, outcome) };
         self.discard(order);
         // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
         let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
         (fault, answer)
+    }
+
+    /// How often there was no memory for the fault of an order: it counts on, or its page would be read for ever.
+    pub(super) fn starved_before(&self, order: &ReadOrder) -> u32 {
+        let claim = self.claims.iter().find(|claim| claim.vmap == order.vmap && claim.pages == order.pages);
+        claim.map_or(0, |claim| claim.fault.starved)
     }
 
     /// Installs a worker's pages if they still belong where the fault was; `None` if they don't.
@@ -245,13 +275,13 @@ impl Resolver {
             return None;
         }
         if outcome.is_err() {
-            add(&self.shared.counters.source_errors, 1);
+            self.count_failed(area);
             return Some(self.poison(space, uffd, fault));
         }
         // The area may have been trimmed meanwhile.
-        let window = around(self.fault_around_pages, area, &order.pages, pgoff);
+        let window = clip(area, &order.pages);
         let skipped = (window.start - order.pages.start) as usize * page_size();
-        let source = Source::Memory(order.buffer.0[skipped..].as_ptr());
+        let source = Source::ReadByWorker(order.buffer.0[skipped..].as_ptr());
         Some(self.install(space, uffd, area, fault, window, source))
     }
 
@@ -259,6 +289,9 @@ impl Resolver {
     pub(crate) fn discard(&mut self, order: ReadOrder) {
         if let Some(index) = self.claims.iter().position(|c| c.vmap == order.vmap && c.pages == order.pages) {
             self.claims.swap_remove(index);
+        }
+        if order.huge.is_some() {
+            return self.huge.give_back(order);
         }
         let _ = self.buffers.try_push(order.buffer);
     }
@@ -281,15 +314,17 @@ impl Resolver {
         let mut settled = 0;
         while settled < total {
             let install = source.install(uffd, start + settled, settled, total - settled);
-            self.count_installed(space, &source, install.bytes);
+            self.count_installed(space, area, &source, install);
             settled += install.bytes;
             match install.stop {
                 None => return Answer::Done,
                 Some(Stop::Present) => {
                     // EEXIST says that the page is there, not that the thread that waits for it woke.
                     add(&self.shared.counters.already_present, 1);
+                    add(&area.target.vmap.counters.already_present, 1);
                     if settled == wanted {
-                        self.wake(uffd, fault.addr);
+                        // Somebody brought it meanwhile, and what comes with it perhaps too: nobody waits for that.
+                        return self.wake(uffd, fault.addr);
                     }
                     settled += page;
                 }
@@ -308,7 +343,7 @@ impl Resolver {
                         // A mask among them parts them for the kernel. What was read once is not read again for that.
                         for offset in (0..total).step_by(page).filter(|&offset| offset != wanted) {
                             let install = source.install(uffd, start + offset, offset, page);
-                            self.count_installed(space, &source, install.bytes);
+                            self.count_installed(space, area, &source, install);
                         }
                     }
                     return answer;
@@ -334,10 +369,16 @@ impl Resolver {
         let pgoff = area.pgoff_of(fault.addr);
         let install = match source {
             // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
-            Source::Memory(src) => unsafe { window.copy(pgoff, src, page_size()) },
+            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe {
+                window.copy(pgoff, src, page_size())
+            },
             Source::Zeros => window.zeropage(pgoff, page_size()),
         };
-        self.count_installed(space, &source, install.bytes);
+        self.count_installed(space, area, &source, install);
+        if install.bytes > 0 {
+            add(&self.shared.counters.pages_aside, 1);
+            add(&area.target.vmap.counters.pages_aside, 1);
+        }
         match install.stop {
             None | Some(Stop::Present) => self.wake(uffd, fault.addr),
             Some(Stop::Changing) => Answer::Later,
@@ -346,7 +387,7 @@ impl Resolver {
     }
 
     /// Decides about a single page that the kernel did not install.
-    fn not_installed(&mut self, space: &Space, uffd: &Userfault, fault: &Fault, stop: Stop) -> Answer {
+    pub(super) fn not_installed(&mut self, space: &Space, uffd: &Userfault, fault: &Fault, stop: Stop) -> Answer {
         match stop {
             Stop::Present | Stop::Changing => Answer::Later,
             Stop::Gone => Answer::Gone,
@@ -355,17 +396,47 @@ impl Resolver {
             Stop::Unmapped if fault.retries < UNMAPPED_RETRIES => Answer::Later,
             Stop::Unmapped => self.wake(uffd, fault.addr),
             Stop::BadSource | Stop::NoMemory | Stop::Other(_) => {
-                add(&self.shared.counters.source_errors, 1);
+                if let Some(area) = space.table.find(fault.addr) {
+                    self.count_failed(area);
+                }
                 self.poison(space, uffd, fault)
             }
         }
     }
 
-    fn count_installed(&self, space: &Space, source: &Source, bytes: usize) {
-        let pages = (bytes / page_size()) as u64;
-        space.counters.pages.fetch_add(pages, Ordering::Relaxed);
-        let counters = &self.shared.counters;
-        add(if matches!(source, Source::Zeros) { &counters.pages_zeroed } else { &counters.pages_copied }, pages);
+    /// Counts what an ioctl installed, or why it did not.
+    pub(super) fn count_installed(&self, space: &Space, area: &Area<Target>, source: &Source, install: Install) {
+        let (all, own) = (&*self.shared.counters, &*area.target.vmap.counters);
+        let pages = (install.bytes / page_size()) as u64;
+        match install.stop {
+            Some(Stop::Changing) if pages == 0 => add(&all.changing, 1),
+            Some(Stop::Unmapped) => add(&all.unmapped, 1),
+            _ => {}
+        }
+        if pages == 0 {
+            return;
+        }
+        add(&space.counters.pages, pages);
+        let (copied, read) = match source {
+            Source::Zeros => {
+                add(&all.pages_zeroed, pages);
+                return add(&own.pages_zeroed, pages);
+            }
+            Source::Memory(_) => ([&all.pages_copied, &own.pages_copied], None),
+            Source::Read(_) => ([&all.pages_copied, &own.pages_copied], Some([&all.pages_read, &own.pages_read])),
+            Source::ReadByWorker(_) => {
+                ([&all.pages_copied, &own.pages_copied], Some([&all.pages_read_by_workers, &own.pages_read_by_workers]))
+            }
+        };
+        for counter in copied.into_iter().chain(read.into_iter().flatten()) {
+            add(counter, pages);
+        }
+    }
+
+    /// Counts a page that could not be had.
+    pub(super) fn count_failed(&self, area: &Area<Target>) {
+        add(&self.shared.counters.source_errors, 1);
+        add(&area.target.vmap.counters.source_errors, 1);
     }
 
     /// Maps a page that the backing object holds already; `None` if it does not hold it.
@@ -385,7 +456,10 @@ impl Resolver {
 
     /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space; unless it came to be
     /// resident meanwhile, by the owner's own writing or before its list was taken back.
-    fn poison(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+    pub(super) fn poison(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        if let Some(area) = space.table.find(fault.addr).filter(|area| area.target.page.is_huge()) {
+            return self.poison_huge(space, uffd, area.target.page, fault);
+        }
         match self.map_resident(uffd, fault.addr) {
             Some(Answer::Later) if space.id == OWN_SPACE && fault.retries >= RETRIES_BEFORE_MASK => {
                 return self.mask_while_changing(space, uffd, fault);
@@ -398,7 +472,7 @@ impl Resolver {
         }
         let Install { stop, .. } = uffd.poison(fault.addr, page_size());
         match stop {
-            None => self.refused(space, Answer::Done),
+            None => self.count_refused(space, fault, Answer::Done),
             Some(Stop::Changing | Stop::NoMemory) => Answer::Later,
             Some(Stop::Gone) => Answer::Gone,
             // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
@@ -420,7 +494,7 @@ impl Resolver {
     fn mask(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
         if let Some(masks) = &space.masks {
             return match masks::order(masks.as_fd(), fault.addr) {
-                Ok(()) => self.refused(space, Answer::Done),
+                Ok(()) => self.count_masked(space, fault, Answer::Done),
                 Err(Errno::EAGAIN) => Answer::Later,
                 Err(_) => Answer::Gone,
             };
@@ -442,7 +516,7 @@ impl Resolver {
         match masked {
             Masked::Done => {
                 let woken = self.wake(uffd, fault.addr);
-                self.refused(space, woken)
+                self.count_masked(space, fault, woken)
             }
             Masked::Later | Masked::NoRoom => Answer::Later,
             Masked::Gone => self.wake(uffd, fault.addr),
@@ -451,10 +525,19 @@ impl Resolver {
     }
 
     /// Counts a page that is SIGBUS from now on.
-    fn refused(&self, space: &Space, answer: Answer) -> Answer {
+    pub(super) fn count_refused(&self, space: &Space, fault: &Fault, answer: Answer) -> Answer {
         add(&self.shared.counters.pages_poisoned, 1);
-        space.counters.poisoned.fetch_add(1, Ordering::Relaxed);
+        add(&space.counters.poisoned, 1);
+        if let Some(area) = space.table.find(fault.addr) {
+            add(&area.target.vmap.counters.pages_poisoned, 1);
+        }
         answer
+    }
+
+    /// Counts a page that is masked, and so SIGBUS, from now on.
+    fn count_masked(&self, space: &Space, fault: &Fault, answer: Answer) -> Answer {
+        add(&self.shared.counters.pages_masked, 1);
+        self.count_refused(space, fault, answer)
     }
 
     /// Answers a touch of memory whose bytes nobody knows. If it was unmapped meanwhile, the thread gets SIGSEGV.
@@ -484,28 +567,34 @@ impl Resolver {
 
 /// Where installed bytes come from.
 #[derive(Clone, Copy)]
-enum Source {
-    /// From this address on; the page list or a buffer keeps it alive.
+pub(crate) enum Source {
+    /// From this address on; the page list keeps it alive.
     Memory(*const u8),
+    /// From the bounce buffer.
+    Read(*const u8),
+    /// From a worker's buffer.
+    ReadByWorker(*const u8),
     Zeros,
 }
 
 impl Source {
     /// The same source, `bytes` further on.
-    fn advanced(self, bytes: usize) -> Source {
+    pub(crate) fn advanced(self, bytes: usize) -> Source {
         match self {
             Source::Memory(src) => Source::Memory(src.wrapping_add(bytes)),
+            Source::Read(src) => Source::Read(src.wrapping_add(bytes)),
+            Source::ReadByWorker(src) => Source::ReadByWorker(src.wrapping_add(bytes)),
             Source::Zeros => Source::Zeros,
         }
     }
 
     /// Installs `len` bytes at `dst`, which is `offset` bytes into the window.
-    fn install(self, uffd: &Userfault, dst: usize, offset: usize, len: usize) -> Install {
+    pub(crate) fn install(self, uffd: &Userfault, dst: usize, offset: usize, len: usize) -> Install {
         match self.advanced(offset) {
             // SAFETY: the window was clipped to pages that the list or the buffer holds from `src` on, and `dst` to
             // an area of this engine, in which no thread holds a reference to a page that is missing. If the source
             // has vanished nevertheless, the kernel answers EFAULT.
-            Source::Memory(src) => unsafe { uffd.copy(dst, src, len) },
+            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe { uffd.copy(dst, src, len) },
             Source::Zeros => uffd.zeropage(dst, len),
         }
     }

@@ -7,8 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use crossbeam_channel::Sender;
 
 use super::handles::{HandlerHandle, KeeperHandle};
+use super::jobs::Jobs;
 use crate::fork::link::Local;
 use crate::process::gate;
+use crate::stats::latency::Counts;
+use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters};
 use crate::sys::{Features, OpenWay, Opener};
 use crate::vmap::core::Notice;
@@ -31,10 +34,15 @@ pub(crate) struct EngineShared {
     pub(crate) notices: Sender<Notice>,
     pub(crate) vmaps: Registry,
     pub(crate) counters: Counters,
+    pub(crate) latency: Sharded<Counts>,
+    /// Which threads have counters of their own.
+    pub(super) shard_owners: Owners,
     pub(super) spaces: Mutex<Vec<Arc<SpaceCounters>>>,
     pub(super) next_space: AtomicU64,
     pub(super) next_region: AtomicU64,
     pub(super) next_vmap: AtomicU64,
+    /// What is done in the background.
+    pub(crate) jobs: Jobs,
     /// No attach, no fill any more.
     pub(crate) retired: AtomicBool,
     /// Attaches that began before that and have not ended: they may count, so the threads stay.
@@ -81,6 +89,16 @@ impl EngineShared {
     /// Tells whether pages are refused by UFFDIO_POISON; if not, by masks.
     pub(crate) fn poisons(&self) -> bool {
         self.features.contains(Features::POISON)
+    }
+
+    /// Tells whether the engine's own process brings its pages on the threads that touch them.
+    pub(crate) fn delivers_in_thread(&self) -> bool {
+        self.features.contains(Features::SIGBUS)
+    }
+
+    /// The features of a forked child's userfaultfd.
+    pub(crate) fn child_features(&self) -> Features {
+        self.features.difference(Features::SIGBUS)
     }
 
     /// Tells whether a fault of a worker is known as one, so that it is never made to wait for a worker.

@@ -5,6 +5,12 @@
 //! length of zero it is a second mapping. All these are registered like what they came from, and its own table knows
 //! them. So the keeper looks an address up in `/proc/PID/maps`: at a touch, while the thread sleeps on; after a move; and
 //! behind a region that is dropped. What shows pages of a vmap becomes an area; a touch of anything else is SIGBUS.
+//!
+//! What nobody may touch (PROT_NONE) may be the engine's own: a window, or the mapping of an attach that is under way. It is
+//! an area only where an event has said that there is one, or where one mapping begins in an area and goes on behind its
+//! end: the kernel keeps the engine's own apart from all others ([`Mapping::set_apart`]).
+//!
+//! [`Mapping::set_apart`]: crate::process::mapping::Mapping::set_apart
 
 use std::ops::Range;
 
@@ -16,8 +22,9 @@ use crate::process::maps::{Maps, Vma};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{Space, SpaceId, Target};
+use crate::vmap::object::{FileId, Owner};
 
-/// Addresses looked up at once; threads at further ones touch again.
+/// Addresses looked up at once for threads that wait there; threads at further ones touch again.
 const LOOKUPS: usize = 64;
 
 /// What the keeper found at an address.
@@ -25,7 +32,9 @@ const LOOKUPS: usize = 64;
 pub(crate) enum Finding {
     /// Pages of a vmap.
     Vmap(Shown),
-    /// Nothing that could be touched now: it was unmapped, or its access taken.
+    /// Pages of a vmap that nobody may touch: perhaps the engine's own mapping.
+    Hidden(Shown),
+    /// Nothing: it was unmapped.
     Nothing,
     /// Memory that is not a vmap's, or not to be looked at.
     Foreign,
@@ -40,21 +49,59 @@ pub(crate) struct Shown {
     pub(crate) vmap: u64,
 }
 
-/// Looks an address up; `vmap` tells which vmap a file backs.
-pub(crate) fn find(maps: &Maps, addr: usize, vmap: impl FnOnce((libc::dev_t, libc::ino_t)) -> Option<u64>) -> Finding {
-    match maps.find(addr) {
-        Ok(None | Some(Vma { hidden: true, .. })) => Finding::Nothing,
-        Ok(Some(Vma { range, offset, file, .. })) => match vmap(file) {
-            Some(vmap) => Finding::Vmap(Shown { range, pgoff: offset / page_size() as u64, vmap }),
-            None => Finding::Foreign,
-        },
-        Err(_) => Finding::Foreign,
+/// Looks an address up; `owner` tells which vmap a file backs, `details` opens the same table with details.
+pub(crate) fn find(
+    maps: &Maps,
+    addr: usize,
+    owner: impl FnOnce(FileId) -> Option<Owner>,
+    details: impl FnOnce() -> Option<Maps>,
+) -> Finding {
+    let vma = match maps.find(addr) {
+        Ok(None) => return Finding::Nothing,
+        Ok(Some(vma)) => vma,
+        Err(_) => return Finding::Foreign,
+    };
+    let Some(owner) = owner(vma.file) else {
+        // Before its touch could be answered, its access was taken.
+        return if vma.hidden { Finding::Nothing } else { Finding::Foreign };
+    };
+    let file = vma.file;
+    if !owner.shared {
+        return shown(vma, owner);
     }
+    match details().map(|maps| maps.find_details(addr)) {
+        // Not mapped any more, or by the memfd's owner, who needs nobody to serve it.
+        Some(Ok(None)) => Finding::Nothing,
+        Some(Ok(Some((vma, details)))) if vma.file != file || !details.is_registered => Finding::Nothing,
+        Some(Ok(Some((vma, details)))) if details.is_not_inherited => shown(vma, owner),
+        // Registered with another userfaultfd, or the application has changed what a child gets of it.
+        Some(Ok(Some(_)) | Err(_)) | None => Finding::Foreign,
+    }
+}
+
+fn shown(Vma { range, offset, hidden, .. }: Vma, owner: Owner) -> Finding {
+    let Some(offset) = offset.checked_sub(owner.base) else { return Finding::Foreign };
+    let shown = Shown { range, pgoff: offset / page_size() as u64, vmap: owner.vmap };
+    if hidden { Finding::Hidden(shown) } else { Finding::Vmap(shown) }
 }
 
 /// Names a question, never used again: a finding must not answer a later question about the same address, which knows
 /// nothing of what was unmapped before it.
 pub(crate) type LookupId = u64;
+
+/// Why an address is looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// It was touched.
+    Touch,
+    /// An area ends there, and may have grown.
+    Behind,
+    /// A move began there. All that moved is still there too, unless an unmap of it is reported: the kernel reports that
+    /// after the move, before it lets anything be installed.
+    Left { len: usize },
+    /// A mapping was made there by a move of nothing. It still is there, as above.
+    Made,
+}
 
 /// An address that is being looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +109,7 @@ pub(crate) struct Lookup {
     id: LookupId,
     pub(crate) space: SpaceId,
     pub(crate) addr: usize,
+    pub(crate) cause: Cause,
     /// The thread that waits there, if one does.
     pub(crate) fault: Option<Fault>,
     /// Around the address: what no event has unmapped or moved since the question. A finding may be older than that.
@@ -72,8 +120,8 @@ pub(crate) struct Lookup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Held {
     New(LookupId),
-    /// It is being looked up already.
-    Known(LookupId),
+    /// Another thread waits for it already.
+    Known,
     NoPlace,
 }
 
@@ -92,26 +140,37 @@ impl Strays {
 
     /// Holds a fault while its address is looked up.
     pub(crate) fn hold(&mut self, fault: Fault) -> Held {
-        self.enter(fault.space, fault.addr, Some(fault))
-    }
-
-    /// Has an address looked up at which nobody waits.
-    pub(crate) fn probe(&mut self, space: SpaceId, addr: usize) -> Held {
-        self.enter(space, addr, None)
-    }
-
-    fn enter(&mut self, space: SpaceId, addr: usize, fault: Option<Fault>) -> Held {
-        if let Some(known) = self.lookups.iter_mut().find(|known| known.space == space && known.addr == addr) {
-            known.fault = known.fault.or(fault);
-            return Held::Known(known.id);
+        let Fault { space, addr, .. } = fault;
+        let covers = |lookup: &Lookup| lookup.fault.is_some() && lookup.space == space && lookup.addr == addr;
+        if self.lookups.iter().any(covers) {
+            return Held::Known;
         }
-        let id = self.next;
-        let lookup = Lookup { id, space, addr, fault, untouched: 0..usize::MAX };
-        if self.lookups.len() == LOOKUPS || self.lookups.try_push(lookup).is_err() {
+        if self.lookups.len() >= LOOKUPS {
             return Held::NoPlace;
         }
+        self.enter(space, addr, Cause::Touch, Some(fault)).map_or(Held::NoPlace, Held::New)
+    }
+
+    /// Has an address looked up at which nobody waits, if there is memory for that. It is a question of its own: one that
+    /// was asked before may not see what this is about.
+    pub(crate) fn probe(&mut self, space: SpaceId, addr: usize, cause: Cause) -> Option<LookupId> {
+        self.enter(space, addr, cause, None)
+    }
+
+    fn enter(&mut self, space: SpaceId, addr: usize, cause: Cause, fault: Option<Fault>) -> Option<LookupId> {
+        let untouched = match cause {
+            Cause::Left { len } => addr..addr + len,
+            _ => 0..usize::MAX,
+        };
+        let id = self.next;
+        self.lookups.try_push(Lookup { id, space, addr, cause, fault, untouched }).ok()?;
         self.next += 1;
-        Held::New(id)
+        Some(id)
+    }
+
+    /// Tells a question; `None` when an event has answered it.
+    pub(crate) fn get(&self, id: LookupId) -> Option<&Lookup> {
+        self.lookups.iter().find(|lookup| lookup.id == id)
     }
 
     /// Takes a question out; `None` when an event has answered it.
@@ -146,6 +205,26 @@ impl Strays {
     }
 }
 
+/// Tells what a finding says of areas, and whether it says so only in a space that is not changing. Hidden memory is an
+/// area's, or nothing to the engine.
+pub(crate) fn uncover(space: &Space, addr: usize, cause: Cause, finding: Finding) -> (Finding, bool) {
+    let found = match (finding, cause) {
+        // One mapping moved, so one was left, whatever access its parts have by now.
+        (Finding::Vmap(shown) | Finding::Hidden(shown), Cause::Left { len }) => {
+            let range = shown.range.start..shown.range.end.max(addr + len);
+            Shown { range, ..shown }
+        }
+        (Finding::Hidden(shown), Cause::Made) => shown,
+        // An attach that is under way is in no mapping that is an area's too.
+        (Finding::Hidden(shown), Cause::Behind) if shown.range.start < addr && space.table.find(addr - 1).is_some() => {
+            shown
+        }
+        (Finding::Hidden(_), _) => return (Finding::Nothing, false),
+        (finding, _) => return (finding, false),
+    };
+    (Finding::Vmap(found), true)
+}
+
 /// Makes what was found around `addr` part of the table, as far as it is no area yet and `untouched`; answers whether it
 /// did.
 ///
@@ -162,7 +241,8 @@ pub(crate) fn adopt(space: &mut Space, addr: usize, shown: &Shown, untouched: &R
     let page = page_size();
     let pgoff = shown.pgoff + ((start - shown.range.start) / page) as u64;
     let last = pgoff + ((end - start) / page) as u64;
-    let ours = || table.iter().filter(|area| area.target.vmap.id == shown.vmap);
+    // Huge pages come to no other address without an event: they can't be grown, doubled, or left behind.
+    let ours = || table.iter().filter(|area| area.target.vmap.id == shown.vmap && !area.target.page.is_huge());
     // Where page 0 would be: the same for all that is left of one mapping.
     let base = |start: usize, pgoff: u64| start.wrapping_sub((pgoff as usize).wrapping_mul(page));
     let below = ours().rfind(|area| area.end <= start && base(area.start, area.pgoff) == base(start, pgoff));
@@ -190,9 +270,10 @@ pub(crate) fn adopt(space: &mut Space, addr: usize, shown: &Shown, untouched: &R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats::latency::Moment;
 
     fn fault(space: SpaceId, addr: usize) -> Fault {
-        Fault { space, addr, tid: 0, retries: 0, starved: 0, alone: false }
+        Fault { space, addr, tid: 0, write: false, since: Moment::UNKNOWN, retries: 0, starved: 0, alone: false }
     }
 
     fn new(held: Held) -> LookupId {
@@ -204,7 +285,7 @@ mod tests {
     fn an_address_is_looked_up_once_and_taken_once() {
         let mut strays = Strays::new().unwrap();
         let id = new(strays.hold(fault(1, 0x5000)));
-        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known(id));
+        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
         let other = new(strays.hold(fault(2, 0x5000)));
         let taken = strays.take(id).unwrap();
         assert_eq!((taken.space, taken.addr, taken.fault), (1, 0x5000, Some(fault(1, 0x5000))));
@@ -216,15 +297,23 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_waits_for_the_look_that_was_taken_before_it_came() {
+    fn only_threads_share_a_question() {
         let mut strays = Strays::new().unwrap();
-        let id = new(strays.probe(1, 0x5000));
-        new(strays.probe(1, 0x6000));
-        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known(id));
-        assert_eq!(strays.probe(1, 0x5000), Held::Known(id));
-        assert_eq!(strays.take(id).unwrap().fault, Some(fault(1, 0x5000)));
+        let first = strays.probe(1, 0x5000, Cause::Behind).unwrap();
+        let second = strays.probe(1, 0x5000, Cause::Left { len: 0x3000 }).unwrap();
+        let third = new(strays.hold(fault(1, 0x5000)));
+        assert_eq!(strays.hold(fault(1, 0x5000)), Held::Known);
+        assert_eq!(strays.take(first).unwrap().untouched, 0..usize::MAX);
+        assert_eq!(strays.get(first), None);
+        assert_eq!(strays.take(second).unwrap().untouched, 0x5000..0x8000);
+        assert_eq!(strays.take(third).unwrap().fault, Some(fault(1, 0x5000)));
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_forgotten_on_the_way_to_a_fault() {
+        let mut strays = Strays::new().unwrap();
         new(strays.hold(fault(1, 0x7000)));
-        new(strays.probe(1, 0x8000));
+        strays.probe(1, 0x8000, Cause::Behind).unwrap();
         assert_eq!(strays.pop(), Some(fault(1, 0x7000)));
         assert_eq!(strays.pop(), None);
     }

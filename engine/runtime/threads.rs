@@ -26,8 +26,17 @@ pub(crate) enum Role {
     Callback,
     /// Reads pages from sources that may block.
     Worker,
+    /// Answers simple faults on its processor, when the crew was called.
+    Crew,
+    /// Takes the fault-handling thread out of SCHED_IDLE when it makes no progress there.
+    Watch,
+    /// Brings pages before they are touched.
+    Populate,
     /// In a forked child: answers faults when the engine is gone.
     Guard,
+    /// Runs the code of whoever subscribed to what the engine tells.
+    #[cfg(feature = "tracing")]
+    Trace,
 }
 
 impl Role {
@@ -38,7 +47,12 @@ impl Role {
             Role::Keeper => c"kiomap-keeper",
             Role::Callback => c"kiomap-callback",
             Role::Worker => c"kiomap-worker",
+            Role::Crew => c"kiomap-crew",
+            Role::Watch => c"kiomap-watch",
+            Role::Populate => c"kiomap-populate",
             Role::Guard => c"kiomap-guard",
+            #[cfg(feature = "tracing")]
+            Role::Trace => c"kiomap-trace",
         }
     }
 }
@@ -87,7 +101,7 @@ pub(crate) fn spawn(role: Role, engine: u64, body: impl FnOnce() + Send + 'stati
     // so see first whether there is room for both stacks, and let each thread have mapped them before the next looks.
     drop(MmapMut::map_anon(STACK_BYTES + SIGNAL_STACK_BYTES).map_err(Error::io("mmap for the stack of a thread"))?);
     let mut blocked = SigSet::all();
-    if role != Role::Fault {
+    if !matches!(role, Role::Fault | Role::Crew | Role::Watch) {
         SYNCHRONOUS.into_iter().for_each(|signal| blocked.remove(signal));
     }
     let mut before = SigSet::empty();

@@ -12,9 +12,11 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::command::{ReadDone, ReadJob};
 use super::handles::Request;
+use super::huge;
 use super::shared::EngineShared;
 use super::threads::{self, contain};
 use crate::page::page_size;
+use crate::trace::tell;
 
 /// The thread ids of the workers, as a fault message names them.
 pub(crate) type WorkerIds = Arc<[AtomicI32]>;
@@ -30,9 +32,12 @@ pub(crate) fn run(
 ) {
     ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
     while let Ok(ReadJob { list, mut order }) = jobs.recv() {
-        let bytes = (order.pages.end - order.pages.start) as usize * page_size();
         // A failure may own memory, which is to be freed here and not by the fault-handling thread.
         let read = contain(shared, || {
+            if order.huge.is_some() {
+                return huge::read(&list, order.pages.clone(), &mut order.buffer.0);
+            }
+            let bytes = (order.pages.end - order.pages.start) as usize * page_size();
             let read = list.read_pages(order.pages.start, &mut order.buffer.0[..bytes]);
             read.map_err(|failure| failure.errno())
         });
@@ -47,6 +52,18 @@ pub(crate) fn run(
             threads::end_child();
         }
         let outcome = read.unwrap_or(Err(Errno::EIO));
+        if outcome.is_err() {
+            tell!(
+                WARN,
+                "kiomap::source",
+                "could not be read",
+                engine = shared.id,
+                vmap = order.vmap,
+                page = order.pages.start,
+                nr_pages = order.pages.end - order.pages.start,
+                why = format!("{outcome:?}")
+            );
+        }
         if done.send(ReadDone { order, outcome }).is_err() {
             return;
         }

@@ -9,10 +9,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::kiobuf::Kiobuf;
+use crate::page::page_size;
 use crate::process::ledger::Private;
+use crate::runtime::readahead::Streams;
 use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::VmapCore;
+use crate::vmap::page_size::PageSize;
 use crate::vmap::window::Window;
 use table::AreaTable;
 
@@ -31,8 +34,12 @@ pub(crate) struct Target {
     /// Where its pages are filled while this address space is changing.
     pub(crate) window: Option<Arc<Window>>,
     pub(crate) generation: u64,
+    /// The vmap's.
+    pub(crate) page: PageSize,
     /// A forked child gets this area too.
     pub(crate) inherit: bool,
+    /// What its last faults say about the next.
+    pub(crate) streams: Streams,
 }
 
 /// One served address space; only the fault-handling thread changes it.
@@ -57,7 +64,8 @@ pub(crate) struct AreaRecord {
     pub(crate) pgoff: u64,
     pub(crate) region: u64,
     pub(crate) vmap: u64,
-    /// A set of [`AreaRecord::WRITABLE`], [`AreaRecord::INHERIT`] and [`AreaRecord::UNLOCKED`].
+    /// A set of [`AreaRecord::WRITABLE`], [`AreaRecord::INHERIT`] and [`AreaRecord::UNLOCKED`]; the upper half is the size of
+    /// a huge page in bytes, or 0.
     pub(crate) flags: u64,
 }
 
@@ -84,6 +92,18 @@ impl AreaRecord {
         (Self::WRITABLE * u64::from(writable)) | (Self::INHERIT * u64::from(inherit))
     }
 
+    fn page_flags(page: PageSize) -> u64 {
+        if page.is_huge() { (page.bytes() as u64) << 32 } else { 0 }
+    }
+
+    /// The size of its pages in bytes.
+    pub(crate) fn page_bytes(&self) -> usize {
+        match self.flags >> 32 {
+            0 => page_size(),
+            huge => huge as usize,
+        }
+    }
+
     pub(crate) fn is_writable(&self) -> bool {
         self.flags & Self::WRITABLE != 0
     }
@@ -95,7 +115,7 @@ impl AreaRecord {
             pgoff: area.pgoff,
             region: area.region,
             vmap: area.target.vmap.id,
-            flags: AreaRecord::flags(area.writable, area.target.inherit),
+            flags: AreaRecord::flags(area.writable, area.target.inherit) | AreaRecord::page_flags(area.target.page),
         }
     }
 }

@@ -70,6 +70,11 @@ pub(crate) enum InsertError<T> {
     NoMemory(Area<T>, Errno),
 }
 
+/// Finds the area that `addr` lies in, among the areas of a table.
+pub(crate) fn find_in<T>(areas: &[Area<T>], addr: usize) -> Option<&Area<T>> {
+    areas.get(areas.partition_point(|area| area.end <= addr)).filter(|area| area.contains(addr))
+}
+
 /// The areas of one address space.
 pub(crate) struct AreaTable<T> {
     /// Sorted by address, disjoint, none empty, all page-aligned.
@@ -114,7 +119,7 @@ impl<T: Clone> AreaTable<T> {
 
     /// Finds the area that `addr` lies in.
     pub(crate) fn find(&self, addr: usize) -> Option<&Area<T>> {
-        self.areas.get(self.index_after(addr)).filter(|area| area.contains(addr))
+        find_in(&self.areas, addr)
     }
 
     /// Finds the area that `addr` lies in; `start` and `end` must stay as they are.

@@ -8,7 +8,7 @@ use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use userfaultfd::Uffd;
 
 use super::uapi::{self, UffdioContinue, UffdioCopy, UffdioPoison, UffdioWriteprotect, UffdioZeropage};
-use super::{Install, Ioctls, Message, MsgBuffer};
+use super::{Install, Ioctls, Message, MsgBuffer, Stop};
 use crate::page::page_size;
 
 /// An open userfaultfd, of this process or of another; it is closed when dropped.
@@ -38,6 +38,9 @@ pub(crate) enum Liveness {
 /// 4 MiB and all else lies far higher, so nothing is mapped there. If something were, the answer would be the same, as
 /// long as nobody has registered it for write protection.
 const PROBE_ADDR: u64 = 0x10_0000;
+
+/// The sizes of huge pages that vmaps consist of.
+const HUGE_BYTES: [usize; 2] = [2 << 20, 1 << 30];
 
 impl AsFd for Userfault {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -136,7 +139,7 @@ impl Userfault {
     ///
     /// No reference of this process may cover `dst..dst + len` while its bytes come into being, and nobody may write to
     /// the source meanwhile if the copy is to be whole. An unreadable source is not unsafe: it is
-    /// [`Stop::BadSource`](super::Stop::BadSource).
+    /// [`Stop::BadSource`].
     pub(crate) unsafe fn copy(&self, dst: usize, src: *const u8, len: usize) -> Install {
         let mut request =
             UffdioCopy { dst: dst as u64, src: src.expose_provenance() as u64, len: len as u64, mode: 0, copy: 0 };
@@ -163,6 +166,19 @@ impl Userfault {
         // SAFETY: the kernel marks only pages that are not there; an access of one is a signal, never other bytes.
         let answer = unsafe { uapi::ioctl(self.as_fd(), &mut request) };
         Install::from_kernel(answer, request.updated, len)
+    }
+
+    /// As [`poison`](Userfault::poison), for the one page at `dst`, of whatever size: a huge page begins there, as the
+    /// kernel reports the address of its fault, and is refused unless it is named as a whole.
+    pub(crate) fn poison_page(&self, dst: usize) -> Install {
+        let mut install = self.poison(dst, page_size());
+        for len in HUGE_BYTES {
+            if install.stop != Some(Stop::Other(Errno::EINVAL)) {
+                break;
+            }
+            install = self.poison(dst, len);
+        }
+        install
     }
 
     /// Maps pages that are in the page cache, and wakes whoever waits there (Linux 5.13).

@@ -6,22 +6,22 @@
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::ThreadId;
 
 use crossbeam_channel::Sender;
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::stat::fstat;
 
+use super::object::{Object, Owner};
+use super::page_size::PageSize;
 use super::residency::Residency;
 use super::window::Window;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
-use crate::process::new_memfd;
+use crate::process::mapping::Mapping;
+use crate::stats::VmapCounters;
+use crate::stats::shards::Sharded;
 use crate::sys::Opener;
 use crate::{Error, Result};
 
@@ -50,9 +50,7 @@ pub(crate) struct Contents {
 pub(crate) struct VmapCore {
     pub(crate) id: u64,
     /// The backing object. Forked children keep it: they map it again.
-    memfd: OwnedFd,
-    /// Its device and inode, as `/proc/PID/maps` names it.
-    pub(crate) file: (libc::dev_t, libc::ino_t),
+    pub(crate) object: Object,
     nr_pages: AtomicU64,
     pub(crate) expandable: bool,
     /// What each mapping of it gets, in every process.
@@ -67,6 +65,7 @@ pub(crate) struct VmapCore {
     pub(crate) in_use: RwLock<()>,
     pub(crate) on_deref: Mutex<DerefSlot>,
     pub(crate) user_data: Option<Box<dyn Any + Send + Sync>>,
+    pub(crate) counters: Sharded<VmapCounters>,
     notices: Sender<Notice>,
 }
 
@@ -109,30 +108,20 @@ pub(crate) enum Opened {
 }
 
 impl VmapCore {
-    /// Makes the backing object: a memfd of exactly the list's pages, sealed against shrinking, and against growing
-    /// unless the vmap is expandable. Past its end the kernel itself raises SIGBUS, even when the engine is gone.
+    /// Publishes a list in its backing object. Past its end the kernel itself raises SIGBUS, even when the engine is gone.
     pub(crate) fn new(
         opener: &Opener,
         id: u64,
-        list: Kiobuf,
+        (list, object): (Kiobuf, Object),
         expandable: bool,
         on_deref: Option<DerefFn>,
         user_data: Option<Box<dyn Any + Send + Sync>>,
         notices: Sender<Notice>,
     ) -> Result<VmapCore> {
-        let memfd = new_memfd(c"kiomap")?;
-        resize(memfd.as_fd(), list.nr_pages())?;
-        let mut seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-        if !expandable {
-            seals |= SealFlag::F_SEAL_GROW;
-        }
-        fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(Error::sys("sealing the memfd of a vmap"))?;
-        let stat = fstat(&memfd).map_err(Error::sys("fstat of the memfd of a vmap"))?;
-        let window = open_window(opener, memfd.as_fd(), list.nr_pages())?;
+        let window = open_window(opener, &object, list.nr_pages())?;
         Ok(VmapCore {
             id,
-            memfd,
-            file: (stat.st_dev, stat.st_ino),
+            object,
             nr_pages: AtomicU64::new(list.nr_pages()),
             expandable,
             residency: Residency::default(),
@@ -143,16 +132,41 @@ impl VmapCore {
             in_use: RwLock::new(()),
             on_deref: Mutex::new(DerefSlot { callback: on_deref, version: 0 }),
             user_data,
+            counters: Sharded::default(),
             notices,
         })
     }
 
     pub(crate) fn memfd(&self) -> BorrowedFd<'_> {
-        self.memfd.as_fd()
+        self.object.memfd()
+    }
+
+    /// What a mapping of its backing object says of the pages that it shows.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner { vmap: self.id, base: self.object.base(), shared: self.object.is_shared() }
     }
 
     pub(crate) fn nr_pages(&self) -> u64 {
         self.nr_pages.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn page(&self) -> PageSize {
+        self.object.page()
+    }
+
+    /// The bytes of the backing object that are the list's: whole pages, as many as it reaches into.
+    pub(crate) fn object_bytes(&self) -> u64 {
+        let nr_pages = self.nr_pages();
+        self.page().whole(nr_pages).unwrap_or(nr_pages) * page_size() as u64
+    }
+
+    /// Sets the residency on a new mapping; tells whether its pages stay in memory once they are there.
+    pub(crate) fn lock(&self, mapping: &Mapping) -> Result<bool> {
+        if self.page().is_huge() {
+            // They are never swapped, and mlock2(MLOCK_ONFAULT) would bring them all at once.
+            return Ok(self.residency != Residency::Swappable);
+        }
+        self.residency.apply(mapping)
     }
 
     fn lock_contents(&self) -> MutexGuard<'_, Contents> {
@@ -171,7 +185,7 @@ impl VmapCore {
 
     /// Opens a window for when the object has `nr_pages` pages.
     pub(crate) fn open_window(&self, opener: &Opener, nr_pages: u64) -> Result<Option<Arc<Window>>> {
-        open_window(opener, self.memfd(), nr_pages)
+        open_window(opener, &self.object, nr_pages)
     }
 
     /// Exchanges the list and its window, and returns those before.
@@ -183,7 +197,7 @@ impl VmapCore {
 
     /// Grows the backing object; the list that covers the new pages is published before.
     pub(crate) fn grow(&self, nr_pages: u64) -> Result<()> {
-        resize(self.memfd.as_fd(), nr_pages)?;
+        self.object.grow(nr_pages)?;
         self.nr_pages.store(nr_pages, Ordering::Release);
         Ok(())
     }
@@ -327,19 +341,6 @@ impl fmt::Debug for VmapCore {
 }
 
 /// Opens the window of a list of `nr_pages` pages; of none if there are none.
-fn open_window(opener: &Opener, memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<Option<Arc<Window>>> {
-    if nr_pages == 0 { Ok(None) } else { Window::open(opener, memfd, nr_pages).map(|window| Some(Arc::new(window))) }
-}
-
-fn resize(memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<()> {
-    let bytes = nr_pages
-        .checked_mul(page_size() as u64)
-        .and_then(|bytes| i64::try_from(bytes).ok())
-        .ok_or(Error::Overflow { what: "the size of a vmap in pages", base: nr_pages, len: page_size() as u64 })?;
-    // The kernel answers a size beyond the limit by SIGXFSZ, whose default is the end of the process.
-    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(Error::sys("getrlimit(RLIMIT_FSIZE)"))?;
-    if bytes as u64 > limit {
-        return Err(Error::sys("sizing the memfd of a vmap")(Errno::EFBIG));
-    }
-    nix::unistd::ftruncate(memfd, bytes).map_err(Error::sys("sizing the memfd of a vmap"))
+fn open_window(opener: &Opener, object: &Object, nr_pages: u64) -> Result<Option<Arc<Window>>> {
+    if nr_pages == 0 { Ok(None) } else { Window::open(opener, object, nr_pages).map(|window| Some(Arc::new(window))) }
 }

@@ -1,6 +1,6 @@
 //! Filling all pages of vmaps before a shutdown, after which nobody would bring them.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, PoisonError};
 
 use super::core::{Contents, VmapCore};
@@ -48,24 +48,58 @@ pub(crate) fn fill_all(vmaps: &[Arc<VmapCore>], mut progress: impl FnMut(FillPro
 fn fill_step(core: &VmapCore, first: u64, end: u64) -> (u64, u64) {
     // A list that is being taken back must not be filled from: taken back is then either before this step or after it.
     let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
-    let Contents { list, window: Some(window), .. } = core.contents() else { return (end, end - first) };
-    let until = end.min(first.saturating_add(STEP_PAGES));
-    let (mut pgoff, mut failed) = (first, 0);
+    let mut failed = 0;
+    let next = fill_some(core, &core.contents(), first, STEP_PAGES, end, |pages, refusal| {
+        failed += if matches!(refusal, Refusal::Hole) { 0 } else { pages.end - pages.start };
+    });
+    (next, failed)
+}
+
+/// Why pages were not filled.
+pub(crate) enum Refusal {
+    /// The list has a hole there.
+    Hole,
+    /// The list ends before them.
+    PastEnd,
+    /// They can't be had now, for this reason.
+    Failed(String),
+}
+
+/// Fills the missing pages of `most` from `first` on, up to `end`, and tells of each range that is not filled, in order.
+/// Answers how far it came: a hole may reach further, as it takes no time.
+///
+/// The caller holds `in_use` of the vmap, whose contents these are.
+pub(crate) fn fill_some(
+    core: &VmapCore,
+    contents: &Contents,
+    first: u64,
+    most: u64,
+    end: u64,
+    mut refused: impl FnMut(Range<u64>, Refusal),
+) -> u64 {
+    let Contents { list, window, .. } = contents;
+    let until = end.min(first.saturating_add(most));
+    let mut pgoff = first;
     while pgoff < until {
-        pgoff = match window.fill(&list, core.memfd(), pgoff, until) {
-            Ok(()) => until,
-            Err(Error::NoPage { pgoff, .. }) => hole_end(&list, pgoff).unwrap_or_else(|| {
-                failed += 1;
-                pgoff + 1
-            }),
-            Err(_) => {
-                failed += until - pgoff;
-                until
-            }
+        let Some(window) = window.as_ref().filter(|_| pgoff < list.nr_pages()) else {
+            refused(pgoff..end, Refusal::PastEnd);
+            return end;
         };
+        let filled = window.fill(list, &core.object, pgoff, until);
+        let (stopped, next, refusal) = match filled {
+            Ok(()) => break,
+            Err(Error::NoPage { pgoff: at, .. }) if at >= list.nr_pages() => (at, end, Refusal::PastEnd),
+            Err(Error::NoPage { pgoff: at, why }) => match hole_end(list, at) {
+                Some(next) => (at, next.min(end), Refusal::Hole),
+                // One page that can't be had, of whatever size.
+                None => (at, window.page_end(at).min(end), Refusal::Failed(why)),
+            },
+            Err(error) => (pgoff, until, Refusal::Failed(error.to_string())),
+        };
+        refused(stopped..next, refusal);
+        pgoff = next;
     }
-    // A hole may reach past the step: it takes no time.
-    (pgoff.min(end), failed)
+    pgoff.max(until)
 }
 
 /// Where the hole ends that a page lies in.

@@ -1,7 +1,11 @@
 //! The noun `Vmap`: one page list published as shared memory, with its count of attached areas and its deref callback.
 
+mod claim;
 pub(crate) mod core;
 pub(crate) mod fill;
+mod fill_huge;
+pub(crate) mod object;
+pub(crate) mod page_size;
 pub(crate) mod registry;
 pub(crate) mod residency;
 pub(crate) mod window;
@@ -16,22 +20,29 @@ use nix::sys::uio::{pread, pwrite};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
+use crate::inthread::refuse_blocking;
 use crate::kiobuf::{ExtentKind, Kiobuf};
 use crate::page::page_size;
 use crate::runtime::command::{Changing, Command};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role};
+use crate::stats::VmapStats;
 use crate::sys::Features;
+use crate::trace::tell;
 use crate::{Error, Result};
+use claim::Claim;
 use core::{Contents, DerefFn, VmapCore};
+use object::{Backing, Object};
+use page_size::PageSize;
 use residency::Residency;
 use window::{Window, is_resident};
 
 /// Shares a page list with every process that attaches it (`struct kiobuf_vmap`).
 ///
 /// The backing object is a memfd of exactly the list's pages: a page is taken from the list when it is first touched
-/// anywhere, and from then on every process sees the same page. A clone is another handle to the same vmap; the vmap
+/// anywhere, and from then on every process sees the same page. A list that is a memfd can be that object itself
+/// ([`Backing`]). A clone is another handle to the same vmap; the vmap
 /// lives as long as a handle or a region does.
 #[derive(Clone)]
 pub struct Vmap {
@@ -57,6 +68,8 @@ pub struct VmapBuilder {
     user_data: Option<Box<dyn Any + Send + Sync>>,
     expandable: bool,
     residency: Residency,
+    backing: Backing,
+    page: PageSize,
 }
 
 impl VmapBuilder {
@@ -68,6 +81,8 @@ impl VmapBuilder {
             user_data: None,
             expandable: false,
             residency: Residency::default(),
+            backing: Backing::default(),
+            page: PageSize::default(),
         }
     }
 
@@ -107,25 +122,111 @@ impl VmapBuilder {
         self
     }
 
+    /// Sets whether the pages of the list are shown themselves: where that is possible unless set
+    /// ([`Backing::SharedIfPossible`]). It is for a list that is one memfd to its end ([`Kiobuf::map_memfd`] has the
+    /// conditions), of a vmap that is not [`expandable`](VmapBuilder::expandable), if no other vmap of this process shows
+    /// that memfd itself.
+    #[must_use]
+    pub fn backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Sets the size of the pages that the vmap consists of; those of the system unless set ([`PageSize::Base`]).
+    ///
+    /// With huge pages, a touch brings a whole huge page of the list. Lists go on to count the system's pages; what the last
+    /// huge page has behind the end of the list is zeros. A huge page of which one byte can't be had is SIGBUS as a whole.
+    /// Holes of the list must be whole huge pages, and so must be lengths, offsets and addresses of regions. Huge pages are
+    /// never swapped, whatever [`VmapBuilder::residency`] says, and count towards no RLIMIT_MEMLOCK. They are copies, whatever
+    /// the list is ([`Backing::Copied`]).
+    ///
+    /// They come from the system's pool. The vmap reserves all that it can need when it is built, and keeps them until it
+    /// and its regions are gone: no touch finds the pool empty, except after pages were given up by a
+    /// [`Vmap::revoke`] or a raw `fallocate`, or under a limit of the hugetlb controller; it is SIGBUS then.
+    #[must_use]
+    pub fn page_size(mut self, size: PageSize) -> Self {
+        self.page = size;
+        self
+    }
+
     /// Publishes the list.
     ///
     /// # Errors
     ///
+    /// With huge pages: [`Error::HugePages`] (`ENOMEM`) when the pool has too few, or (`ENODEV`) when the kernel has none of
+    /// that size; [`Error::Misaligned`] for a hole that is not whole huge pages; [`Error::Unsupported`] without the feature
+    /// POISON; [`Error::Invalid`] with [`Backing::Shared`].
+    ///
+    /// [`Error::Invalid`] when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
+    /// way;
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
     /// memory of the list lies in a region of an engine; [`Error::Unsupported`] for a [`PageSource`](crate::PageSource)
-    /// without the feature THREAD_ID; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
+    /// without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
+    /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
-        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency } = self;
+        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, page } = self;
         owner_only(&shared, "publishing a vmap")?;
         refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
+        page.check_list(&list, shared.features)?;
         let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
-        let mut core = VmapCore::new(&shared.opener, id, list, expandable, on_deref, user_data, notices)?;
+        let shown = match backing {
+            Backing::Copied => None,
+            Backing::SharedIfPossible if page.is_huge() => None,
+            Backing::Shared if page.is_huge() => {
+                return Err(Error::Invalid {
+                    what: "the size of the vmap's pages in bytes",
+                    value: page.bytes() as u64,
+                    rule: "huge pages are copies: a memfd that is shown itself keeps its own",
+                });
+            }
+            Backing::Shared => Some(shown_itself(&list, expandable)?),
+            Backing::SharedIfPossible => shown_itself(&list, expandable).ok(),
+        };
+        let (published, claim) = match shown {
+            Some((object, claim)) => {
+                // What the memfd does not hold is a hole of it.
+                let mut holes = Kiobuf::new();
+                holes.map_zero(list.nr_pages())?;
+                ((holes, object), Some(claim))
+            }
+            None => {
+                let object = Object::new(list.nr_pages(), expandable, page)?;
+                ((list, object), None)
+            }
+        };
+        refuse_blocking(&shared, &published.0)?;
+        if page.is_huge() && shared.delivers_in_thread() {
+            return Err(Error::Invalid {
+                what: "the size of the vmap's pages in bytes",
+                value: page.bytes() as u64,
+                rule: "a signal handler brings base pages: build the engine with Delivery::Handler for huge ones",
+            });
+        }
+        let mut core = VmapCore::new(&shared.opener, id, published, expandable, on_deref, user_data, notices)?;
         core.residency = residency;
+        // After the pool was asked: of the largest pages, it is much memory.
+        crate::runtime::huge::provide(&shared, page)?;
         let core = Arc::new(core);
         shared.vmaps.enter(&core);
+        drop(claim);
+        tell!(DEBUG, "kiomap::vmap", "published", engine = shared.id, vmap = core.id, nr_pages = core.nr_pages());
         Ok(Vmap { core, shared })
     }
+}
+
+/// Makes the memfd of a list the backing object, if it can be that.
+fn shown_itself(list: &Kiobuf, expandable: bool) -> Result<(Object, Claim)> {
+    if expandable {
+        return Err(Error::Invalid {
+            what: "the vmap's capacity in pages",
+            value: list.nr_pages(),
+            rule: "a vmap that shows a memfd itself can't be expandable, as nothing may lie behind its end",
+        });
+    }
+    let object = Object::shared(list.memfd_run()?)?;
+    let claim = Claim::new(object.id())?;
+    Ok((object, claim))
 }
 
 /// Makes a callback that is called with a handle.
@@ -205,9 +306,26 @@ impl Vmap {
         }
     }
 
+    /// Returns the counters of this vmap as they are now; [`Engine::settle`](crate::Engine::settle) first makes them exact.
+    /// In a forked child they are those of the moment of the fork.
+    pub fn stats(&self) -> VmapStats {
+        self.core.counters.snapshot()
+    }
+
     /// Tells whether pages may be swapped out, as the vmap was built.
     pub fn residency(&self) -> Residency {
         self.core.residency
+    }
+
+    /// Tells whether regions show the pages of the list's memfd themselves ([`Backing`]): its owner and they see the same
+    /// bytes. If not, pages are copies, as of every other list.
+    pub fn shares_pages(&self) -> bool {
+        self.core.object.is_shared()
+    }
+
+    /// Returns the size of the pages that the vmap consists of.
+    pub fn page_size(&self) -> PageSize {
+        self.core.page()
     }
 
     /// Returns the value that the vmap was built with, if it is a `T`.
@@ -244,9 +362,11 @@ impl Vmap {
     /// [`Error::WouldDeadlock`] in a page source; [`Error::NotOwner`], [`Error::Shutdown`], [`Error::Sys`]. `buf` then holds unspecified bytes.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let _contents = self.make_resident(offset, buf.len())?;
+        let at = self.core.object.base() + offset;
         let mut done = 0;
         while done < buf.len() {
-            match pread(self.core.memfd(), &mut buf[done..], (offset + done as u64) as i64) {
+            match pread(self.core.memfd(), &mut buf[done..], (at + done as u64) as i64) {
+                // A memfd that was handed in may have been truncated.
                 Ok(0) => return Err(Error::sys("pread of a vmap")(Errno::EIO)),
                 Ok(n) => done += n,
                 Err(Errno::EINTR) => {}
@@ -262,12 +382,21 @@ impl Vmap {
     ///
     /// # Errors
     ///
-    /// As [`Vmap::read_at`]; some of the bytes may have been written then.
+    /// As [`Vmap::read_at`]; some of the bytes may have been written then. [`Error::Shutdown`] where pages are huge.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        // The mapping for it is no area's, and its end no event: a shutdown must not look for one meanwhile.
+        let _writing = match self.core.page().is_huge() {
+            true => Some(self.shared.begin_attach().ok_or(Error::Shutdown)?),
+            false => None,
+        };
         let _contents = self.make_resident(offset, bytes.len())?;
+        if self.core.page().is_huge() {
+            return self.core.write_mapped(offset, bytes);
+        }
+        let at = self.core.object.base() + offset;
         let mut done = 0;
         while done < bytes.len() {
-            match pwrite(self.core.memfd(), &bytes[done..], (offset + done as u64) as i64) {
+            match pwrite(self.core.memfd(), &bytes[done..], (at + done as u64) as i64) {
                 Ok(n) => done += n,
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(Error::sys("pwrite to a vmap")(errno)),
@@ -277,7 +406,7 @@ impl Vmap {
     }
 
     /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
-    fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
+    pub(crate) fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
         owner_only(&self.shared, "reading or writing a vmap without a region")?;
         if threads::current_role(self.shared.id) == Some(Role::Worker) {
             return Err(Error::WouldDeadlock { what: "reading or writing a vmap", thread: "worker" });
@@ -296,10 +425,10 @@ impl Vmap {
         // Without a window there are no pages, and the range is empty.
         let Some(window) = window else { return Ok(in_use) };
         while pgoff < end {
-            match window.fill(&list, self.core.memfd(), pgoff, end) {
+            match window.fill(&list, &self.core.object, pgoff, end) {
                 Ok(()) => break,
                 // Not in the list any more, but still here: a soft revoke leaves resident pages.
-                Err(Error::NoPage { pgoff: at, .. }) if is_resident(self.core.memfd(), at) => pgoff = at + 1,
+                Err(Error::NoPage { pgoff: at, .. }) if is_resident(&self.core.object, &window, at) => pgoff = at + 1,
                 Err(error) => return Err(error),
             }
         }
@@ -311,7 +440,8 @@ impl Vmap {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] when the vmap was not built [`expandable`](VmapBuilder::expandable); as
+    /// [`Error::Invalid`] when the vmap was not built [`expandable`](VmapBuilder::expandable); [`Error::Misaligned`] when its
+    /// last huge page is not full: what lies there already is zeros; as
     /// [`VmapBuilder::build`] otherwise. The list is then as before.
     pub fn expand(&self, tail: &Kiobuf) -> Result<()> {
         owner_only(&self.shared, "expanding a vmap")?;
@@ -324,10 +454,13 @@ impl Vmap {
             });
         }
         refuse_unrecognised(&self.shared, tail)?;
+        refuse_blocking(&self.shared, tail)?;
         refuse_own_memory(tail)?;
         let _in_use = self.exclude_owner_io();
         let mut list = self.core.contents().list;
+        self.core.page().check_multiple("the vmap's length in pages", list.nr_pages(), page_size())?;
         list.expand(tail)?;
+        self.core.page().check_list(&list, self.shared.features)?;
         let nr_pages = list.nr_pages();
         let window = self.core.open_window(&self.shared.opener, nr_pages)?;
         // The list first: a touch of a new page, as soon as the object has it, must find it there.
@@ -341,12 +474,22 @@ impl Vmap {
 
     /// Takes the page list back, while areas are attached (`unmap_kiobuf`).
     ///
+    /// Of a memfd that is shown itself ([`Vmap::shares_pages`]) only what it does not hold can be taken back; what its
+    /// owner writes there later may be seen. Truncating the memfd takes all.
+    ///
     /// # Errors
     ///
-    /// [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
+    /// [`Error::Invalid`] for [`Revoke::Hard`] of a memfd that is shown itself; [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
     pub fn revoke(&self, how: Revoke) -> Result<()> {
         owner_only(&self.shared, "revoking a vmap")?;
         refuse_nested("revoking a vmap")?;
+        if how == Revoke::Hard && self.shares_pages() {
+            return Err(Error::Invalid {
+                what: "the id of the vmap to be revoked",
+                value: self.core.id,
+                rule: "pages of a memfd that is shown itself are its owner's: revoke it softly, or truncate the memfd",
+            });
+        }
         let in_use = self.exclude_owner_io();
         // Holes, so that what is appended later does not take the place of what was taken back.
         let mut revoked = Kiobuf::new();
@@ -354,7 +497,8 @@ impl Vmap {
             revoked.map_hole(self.nr_pages())?;
         }
         let before = self.publish(revoked, self.core.contents().window)?;
-        let bytes = self.nr_pages() * page_size() as u64;
+        // Of a huge page, a part would be zeroed and stay.
+        let bytes = self.core.object_bytes();
         if how == Revoke::Hard && bytes > 0 {
             // Punching drops the pages from every mapping; the next touch faults, and finds nothing in the list.
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;

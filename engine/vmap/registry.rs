@@ -1,14 +1,15 @@
 //! The vmap registry: every vmap of an engine, by its id, and the backing objects that may still be mapped.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::core::VmapCore;
+use super::object::{FileId, Owner};
 use crate::process::gate;
-use crate::process::maps::open_own;
+use crate::process::maps::{open_own, open_own_details};
 
-/// A device and inode.
-type File = (libc::dev_t, libc::ino_t);
+/// Backing objects, and whether others may map each too.
+type Objects = HashMap<FileId, bool>;
 
 /// Objects of vmaps that are gone are looked for among the mappings whenever that many more have gathered.
 const GONE: usize = if cfg!(test) { 4 } else { 1024 };
@@ -19,9 +20,9 @@ pub(crate) struct Registry(Mutex<Entries>);
 
 #[derive(Debug, Default)]
 struct Entries {
-    vmaps: HashMap<u64, (Weak<VmapCore>, File)>,
+    vmaps: HashMap<u64, (Weak<VmapCore>, FileId, Owner)>,
     /// The objects of vmaps that are gone, as far as they may still be mapped.
-    gone: HashSet<File>,
+    gone: Objects,
     /// How many of those may gather.
     most_gone: usize,
 }
@@ -36,17 +37,18 @@ impl Registry {
         let _gate = gate();
         let mut entries = self.lock();
         let Entries { vmaps, gone, most_gone } = &mut *entries;
-        gone.extend(vmaps.extract_if(|_, (vmap, _)| vmap.strong_count() == 0).map(|(_, (_, file))| file));
+        let ended = vmaps.extract_if(|_, (vmap, ..)| vmap.strong_count() == 0);
+        gone.extend(ended.map(|(_, (_, file, owner))| (file, owner.shared)));
         if gone.len() > *most_gone {
             *gone = mapped(gone);
             *most_gone = gone.len() + GONE;
         }
-        vmaps.insert(vmap.id, (Arc::downgrade(vmap), vmap.file));
+        vmaps.insert(vmap.id, (Arc::downgrade(vmap), vmap.object.id(), vmap.owner()));
     }
 
     /// Finds a vmap. The caller keeps forks away, or is the only thread of a forked child.
     pub(crate) fn find_ungated(&self, id: u64) -> Option<Arc<VmapCore>> {
-        self.lock().vmaps.get(&id).and_then(|(vmap, _)| vmap.upgrade())
+        self.lock().vmaps.get(&id).and_then(|(vmap, ..)| vmap.upgrade())
     }
 
     pub(crate) fn find(&self, id: u64) -> Option<Arc<VmapCore>> {
@@ -54,35 +56,53 @@ impl Registry {
         self.find_ungated(id)
     }
 
-    /// Finds the id of the vmap whose backing object this is. It may be about to go.
-    pub(crate) fn id_of(&self, file: File) -> Option<u64> {
+    /// Finds the vmap whose backing object this is. It may be about to go.
+    pub(crate) fn owner_of(&self, file: FileId) -> Option<Owner> {
         let _gate = gate();
-        self.lock().vmaps.iter().find(|(_, (vmap, of))| *of == file && vmap.strong_count() > 0).map(|(&id, _)| id)
+        let entries = self.lock();
+        let mut alive = entries.vmaps.values().filter(|(vmap, ..)| vmap.strong_count() > 0);
+        alive.find(|(_, of, _)| *of == file).map(|&(.., owner)| owner)
     }
 
     /// Every vmap that is alive.
     pub(crate) fn all(&self) -> Vec<Arc<VmapCore>> {
         let _gate = gate();
-        self.lock().vmaps.values().filter_map(|(vmap, _)| vmap.upgrade()).collect()
+        self.lock().vmaps.values().filter_map(|(vmap, ..)| vmap.upgrade()).collect()
     }
 
     /// Tells whether this process maps, with access, a page of any vmap that there ever was.
     pub(crate) fn is_any_mapped(&self) -> bool {
-        let files: HashSet<File> = {
+        let files: Objects = {
             let _gate = gate();
             let entries = self.lock();
-            entries.vmaps.values().map(|(_, file)| file).chain(&entries.gone).copied().collect()
+            let alive = entries.vmaps.values().map(|&(_, file, owner)| (file, owner.shared));
+            alive.chain(entries.gone.iter().map(|(&file, &shared)| (file, shared))).collect()
         };
         !mapped(&files).is_empty()
     }
 }
 
 /// Those of some files that this process maps with access. The engine's own windows have none.
-fn mapped(files: &HashSet<File>) -> HashSet<File> {
+fn mapped(files: &Objects) -> Objects {
     // Where it can't be read, what is mapped is known from events only.
-    let Ok(maps) = open_own() else { return HashSet::new() };
-    let vmas = maps.vmas().filter_map(Result::ok);
-    vmas.filter(|vma| !vma.hidden && files.contains(&vma.file)).map(|vma| vma.file).collect()
+    let Ok(maps) = open_own() else { return Objects::new() };
+    let vmas = maps.vmas().filter_map(Result::ok).filter(|vma| !vma.hidden);
+    let mut mapped: Objects = vmas.filter_map(|vma| Some((vma.file, *files.get(&vma.file)?))).collect();
+    if mapped.values().any(|&shared| shared) {
+        // Those may be the owner's mappings only, which are nothing to the engine.
+        let ours: Vec<FileId> = open_own_details().map_or_else(
+            |_| Vec::new(),
+            |maps| {
+                maps.detailed()
+                    .filter_map(Result::ok)
+                    .filter(|(vma, details)| !vma.hidden && details.is_registered)
+                    .map(|(vma, _)| vma.file)
+                    .collect()
+            },
+        );
+        mapped.retain(|file, shared| !*shared || ours.contains(file));
+    }
+    mapped
 }
 
 #[cfg(test)]

@@ -8,12 +8,13 @@
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use memmap2::MmapMut;
 use nix::unistd::{Whence, lseek};
 
+use super::object::Object;
+use super::page_size::PageSize;
 use crate::kiobuf::{Kiobuf, Nopage};
 use crate::page::page_size;
 use crate::process::ledger::Private;
@@ -31,21 +32,28 @@ pub(crate) struct Window {
     mapping: Mapping,
     uffd: Private<Userfault>,
     nr_pages: u64,
+    pub(super) page: PageSize,
 }
 
 impl Window {
     /// Opens a window on an object of `nr_pages` pages, or one that is about to grow to them.
-    pub(crate) fn open(opener: &Opener, memfd: BorrowedFd<'_>, nr_pages: u64) -> Result<Window> {
-        let page = page_size();
+    pub(crate) fn open(opener: &Opener, object: &Object, nr_pages: u64) -> Result<Window> {
+        let (page, size) = (page_size(), object.page());
         let uffd = Private::open(|| opener.open(Features::from_bits(0)).map(|(uffd, _)| uffd))?;
-        let len = usize::try_from(nr_pages).ok().and_then(|n| n.checked_mul(page)).ok_or(Error::Overflow {
+        let whole = size.whole(nr_pages).and_then(|n| usize::try_from(n).ok());
+        let len = whole.and_then(|n| n.checked_mul(page)).ok_or(Error::Overflow {
             what: "the size of a vmap in pages",
             base: nr_pages,
             len: page as u64,
         })?;
-        let mapping = Mapping::hidden(memfd, len, 0, Placement::Anywhere)?;
+        // Of huge pages, it is the one mapping that reserves them.
+        let mapping =
+            Mapping::hidden(object.memfd(), len, object.base(), Placement::Anywhere).map_err(|error| match error {
+                Error::Sys { errno, .. } if size.is_huge() => size.not_to_be_had((len / size.bytes()) as u64, errno),
+                error => error,
+            })?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
-        Ok(Window { mapping, uffd, nr_pages })
+        Ok(Window { mapping, uffd, nr_pages, page: size })
     }
 
     /// The addresses that it takes.
@@ -76,8 +84,60 @@ impl Window {
 
     /// Tells whether the object holds a page, by mapping it here.
     pub(crate) fn holds(&self, pgoff: u64) -> bool {
+        let addr = self.page.floor(self.page_at(pgoff));
         pgoff < self.nr_pages
-            && matches!(self.uffd.r#continue(self.page_at(pgoff), page_size()).stop, None | Some(Stop::Present))
+            && matches!(self.uffd.r#continue(addr, self.page.bytes()).stop, None | Some(Stop::Present))
+    }
+
+    /// Looks which pages from `pgoff` on are in memory, as far as one answer tells: lseek(SEEK_HOLE) would look at all that
+    /// follow, however many. A page that is swapped out is not.
+    fn in_memory(&self, pgoff: u64, end: u64) -> impl Iterator<Item = bool> {
+        let mut there = [0u8; 512];
+        let pages = (end.min(self.nr_pages).saturating_sub(pgoff)).min(there.len() as u64) as usize;
+        // SAFETY: mincore(2) writes a byte for each of the pages, which lie in this window, to `there`.
+        let answer =
+            unsafe { libc::mincore(self.page_at(pgoff) as *mut libc::c_void, pages * page_size(), there.as_mut_ptr()) };
+        let pages = if answer == 0 { pages } else { 0 };
+        there.into_iter().take(pages).map(|page| page & 1 == 1)
+    }
+
+    /// Says how many pages from `pgoff` on are there already, if an ioctl that begins there found the first to be: at least
+    /// that one.
+    fn present(&self, install: Install, pgoff: u64, end: u64) -> Option<u64> {
+        let present = install.bytes == 0 && install.stop == Some(Stop::Present);
+        present.then(|| self.in_memory(pgoff, end).take_while(|&there| there).count().max(1) as u64)
+    }
+
+    /// Walks over the pages of a range that the object holds, in runs.
+    pub(crate) fn resident(&self, object: &Object, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let (mut at, end) = (pages.start, pages.end.min(self.nr_pages));
+        std::iter::from_fn(move || {
+            if self.page.is_huge() {
+                // Of these, lseek says that all are data, and mincore only whether they are mapped here.
+                let page = |at: u64| self.page_end(at).min(end);
+                while at < end && !self.holds(at) {
+                    at = page(at);
+                }
+                let start = at;
+                while at < end && self.holds(at) {
+                    at = page(at);
+                }
+                return (start < at).then_some(start..at);
+            }
+            loop {
+                // Looking with lseek would move the position of whoever else has the descriptor.
+                let sought = if object.is_shared() { Some(at) } else { next_resident(object, at) };
+                let start = sought.filter(|&start| start < end)?;
+                let run = self.in_memory(start, end).take_while(|&there| there).count() as u64;
+                // What lseek has found and is not in memory is swapped out.
+                let run = if object.is_shared() { run } else { run.max(1) };
+                if run > 0 {
+                    at = start + run;
+                    return Some(start..at);
+                }
+                at = start + self.in_memory(start, end).take_while(|&there| !there).count().max(1) as u64;
+            }
+        })
     }
 
     /// Fills the missing pages of `first..end`; present ones stay as they are.
@@ -85,7 +145,10 @@ impl Window {
     /// # Errors
     ///
     /// [`Error::NoPage`] at the first page that can't be had; those before it are filled.
-    pub(crate) fn fill(&self, list: &Kiobuf, memfd: BorrowedFd<'_>, first: u64, end: u64) -> Result<()> {
+    pub(crate) fn fill(&self, list: &Kiobuf, object: &Object, first: u64, end: u64) -> Result<()> {
+        if self.page.is_huge() {
+            return self.fill_huge(list, first, end);
+        }
         let page = page_size() as u64;
         let mut bounce: Option<MmapMut> = None;
         let mut pgoff = first;
@@ -98,11 +161,11 @@ impl Window {
                     let src = src.wrapping_add(((pgoff - run.start) * page) as usize);
                     // SAFETY: the list holds `pages` whole pages at `src` and keeps them alive.
                     let install = unsafe { self.copy(pgoff, src, (pages * page) as usize) };
-                    progress(install, pgoff, pages)?
+                    self.present(install, pgoff, end).map_or_else(|| progress(install, pgoff, pages), Ok)?
                 }
                 Nopage::Read { run, .. } => {
                     // What is there is not read again.
-                    let missing_until = next_resident(memfd, pgoff).unwrap_or(end);
+                    let missing_until = next_resident(object, pgoff).unwrap_or(end);
                     if missing_until == pgoff {
                         pgoff += 1;
                         continue;
@@ -130,13 +193,21 @@ impl Window {
                 }
                 Nopage::Zero { run } => {
                     let pages = run.end.min(end) - pgoff;
-                    progress(self.zeropage(pgoff, (pages * page) as usize), pgoff, pages)?
+                    let install = self.zeropage(pgoff, (pages * page) as usize);
+                    self.present(install, pgoff, end).map_or_else(|| progress(install, pgoff, pages), Ok)?
                 }
                 Nopage::Sigbus(why) => return Err(Error::NoPage { pgoff, why: why.to_string() }),
             };
             pgoff += done;
         }
         Ok(())
+    }
+}
+
+impl Window {
+    /// The first base page after the page that a base page is a part of.
+    pub(super) fn page_end(&self, pgoff: u64) -> u64 {
+        self.page.first_of(pgoff) + self.page.base_pages()
     }
 }
 
@@ -150,7 +221,7 @@ pub(super) fn is_reading() -> bool {
 }
 
 /// Reads pages of a list on this thread; a panic of a page source is its failure.
-fn read(list: &Kiobuf, pgoff: u64, buf: &mut [u8]) -> Result<()> {
+pub(super) fn read(list: &Kiobuf, pgoff: u64, buf: &mut [u8]) -> Result<()> {
     READING.set(true);
     let outcome = catch_unwind(AssertUnwindSafe(|| list.read_pages(pgoff, buf)));
     READING.set(false);
@@ -163,16 +234,22 @@ fn read(list: &Kiobuf, pgoff: u64, buf: &mut [u8]) -> Result<()> {
 }
 
 /// Tells whether the backing object holds a page already. Not for the fault-handling thread: it takes the object's lock.
-pub(super) fn is_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> bool {
-    next_resident(memfd, pgoff) == Some(pgoff)
+pub(super) fn is_resident(object: &Object, window: &Window, pgoff: u64) -> bool {
+    // Looking with lseek would move the position of whoever else has the descriptor, and of huge pages says that they are.
+    if object.is_shared() || window.page.is_huge() {
+        window.holds(pgoff)
+    } else {
+        next_resident(object, pgoff) == Some(pgoff)
+    }
 }
 
 /// Finds the first page from `pgoff` on that the backing object holds.
-fn next_resident(memfd: BorrowedFd<'_>, pgoff: u64) -> Option<u64> {
+fn next_resident(object: &Object, pgoff: u64) -> Option<u64> {
+    debug_assert!(!object.is_shared(), "a shared object's position is not ours to move");
     let page = page_size() as u64;
-    let offset = i64::try_from(pgoff.checked_mul(page)?).ok()?;
+    let offset = object.offset_of(pgoff).ok()? as i64;
     // ENXIO says that there is none.
-    Some(lseek(memfd, offset, Whence::SeekData).ok()? as u64 / page)
+    Some((lseek(object.memfd(), offset, Whence::SeekData).ok()? as u64 - object.base()) / page)
 }
 
 /// Says how many pages from `pgoff` on are present after an ioctl over `pages` pages. A page that stops it is either

@@ -5,6 +5,8 @@ use std::io::{Error, Result, Write};
 use std::sync::Arc;
 
 use kiomap::{Kiobuf, PageSource, page_size};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::script::Part;
 use crate::sheet::data_page;
@@ -44,6 +46,19 @@ impl AsRef<[u8]> for Within {
     }
 }
 
+/// The end of a memfd in which nothing is, after a page of something else.
+fn holes_of_a_memfd(pages: u64) -> Kiobuf {
+    let page = page_size() as u64;
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut file = File::from(memfd_create(c"chaos", flags).unwrap());
+    file.write_all(&vec![0xee; page_size()]).unwrap();
+    file.set_len((1 + pages) * page).unwrap();
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+    let mut list = Kiobuf::new();
+    list.map_memfd(&file, page..(1 + pages) * page).unwrap();
+    list
+}
+
 /// Builds the list of `parts`, which begins with page `first` of a vmap.
 pub(crate) fn build(vmap: usize, mut first: u64, parts: &[Part]) -> (Kiobuf, Vec<Given>) {
     let mut whole = Kiobuf::new();
@@ -70,7 +85,7 @@ pub(crate) fn build(vmap: usize, mut first: u64, parts: &[Part]) -> (Kiobuf, Vec
             }
             Part::File { slack, .. } => {
                 let len = data.len() - slack.min(page - 1);
-                let fd = nix::sys::memfd::memfd_create(c"chaos", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+                let fd = memfd_create(c"chaos", MFdFlags::MFD_CLOEXEC).unwrap();
                 let mut file = File::from(fd);
                 // Begins in the middle of a page of the file.
                 file.write_all(&[0xee; 100]).unwrap();
@@ -83,7 +98,11 @@ pub(crate) fn build(vmap: usize, mut first: u64, parts: &[Part]) -> (Kiobuf, Vec
                 list.map_source(Arc::new(Pages { vmap, first, bad }), data.len() as u64).unwrap();
             }
             Part::Zero { pages } => {
-                list.map_zero(pages as u64).unwrap();
+                match parts {
+                    // Shown itself, if it is all of a list that does not grow.
+                    [_] => list = holes_of_a_memfd(pages as u64),
+                    _ => list.map_zero(pages as u64).unwrap(),
+                }
                 data.fill(0);
             }
             Part::Hole { pages } => list.map_hole(pages as u64).unwrap(),

@@ -436,6 +436,9 @@ impl Generator {
     }
 
     fn parts(&mut self) -> Vec<Part> {
+        if self.chance(4) {
+            return vec![Part::Zero { pages: 1 + self.below(32) }];
+        }
         let mut parts = Vec::new();
         let mut room = 48;
         for _ in 0..1 + self.below(5) {

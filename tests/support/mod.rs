@@ -1,6 +1,8 @@
 //! What the tests share: processes of their own, deadlines, touches that survive SIGBUS, and lists to touch.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod calls;
+pub(crate) mod pool;
 pub(crate) mod raw;
 pub(crate) mod scene;
 pub(crate) mod touch;
@@ -59,7 +61,9 @@ pub(crate) fn alone_for(deadline: Duration, name: &str, body: impl FnOnce()) {
     assert!(status.success(), "{name} ended with {status}\n--- stdout\n{out}\n--- stderr\n{err}");
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
     // What was skipped is told by the process that skipped it.
-    for line in err.lines().filter(|line| line.contains("skipped, because") || line.contains("came and went")) {
+    for line in err.lines().filter(|line| {
+        line.contains("skipped, because") || line.contains("came and went") || line.contains(" us a page")
+    }) {
         tell(line);
     }
 }
@@ -77,6 +81,17 @@ macro_rules! skip {
         $crate::support::tell(&format!("{name}: skipped, because {}", format_args!($($why)*)));
         return;
     }};
+}
+
+/// The calls that were counted; skips a test where the kernel lets nobody trace.
+#[macro_export]
+macro_rules! skip_untraceable {
+    ($calls:expr) => {
+        match $calls {
+            Ok(calls) => calls,
+            Err(errno) => $crate::skip!("a process may not trace its own child here: {errno}"),
+        }
+    };
 }
 
 /// Skips a test that has page sources where the level has none.
@@ -231,10 +246,33 @@ pub(crate) fn settled_stats(engine: &kiomap::Engine) -> kiomap::Stats {
     engine.stats()
 }
 
+/// How the engines of this run bring pages: `InThread`, for tests whose system calls touch no missing page.
+const DELIVERY: &str = "KIOMAP_TEST_DELIVERY";
+
 /// Begins to build an engine: every test's engine comes from here. `KIOMAP_TEST_WITHOUT` takes features away from it
-/// ([`taken_away`]).
+/// ([`taken_away`]); `KIOMAP_TEST_PLACEMENT` is `floating`, `spin`, or the number of a processor,
+/// `KIOMAP_TEST_DELIVERY` has it bring pages on the touching threads; `KIOMAP_TEST_HANDLERS` says how many threads answer faults,
+/// all the time if it is more than one, and `KIOMAP_TEST_FAULT_AROUND` how many pages a fault brings where the test doesn't say.
 pub(crate) fn engine_builder() -> kiomap::EngineBuilder {
-    let builder = kiomap::Engine::builder().without(taken_away());
+    let mut builder = kiomap::Engine::builder().without(taken_away());
+    if std::env::var_os(DELIVERY).is_some_and(|delivery| delivery == "InThread") {
+        touch::prepare();
+        builder = builder.delivery(kiomap::Delivery::InThread);
+    }
+    if let Ok(placement) = std::env::var("KIOMAP_TEST_PLACEMENT") {
+        builder = builder.placement(match placement.as_str() {
+            "floating" => kiomap::Placement::Floating,
+            "spin" => kiomap::Placement::Spin(Duration::from_micros(50)),
+            cpu => kiomap::Placement::Pinned(vec![cpu.parse().unwrap()]),
+        });
+    }
+    if let Ok(pages) = std::env::var("KIOMAP_TEST_FAULT_AROUND") {
+        builder = builder.fault_around_pages(pages.parse().expect("KIOMAP_TEST_FAULT_AROUND is a number of pages"));
+    }
+    if let Ok(handlers) = std::env::var("KIOMAP_TEST_HANDLERS") {
+        let handlers = handlers.parse().expect("KIOMAP_TEST_HANDLERS is a number of threads");
+        builder = builder.handlers(handlers).handlers_standing_by(handlers > 1);
+    }
     if serves_kernel_faults() { builder } else { builder.open_ways(&[kiomap::OpenWay::UserModeOnly]) }
 }
 

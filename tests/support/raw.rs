@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kiomap::{Engine, Vmap, page_size};
+use kiomap::{Engine, Kiobuf, Vmap, page_size};
 use libc::c_void;
 use nix::errno::Errno;
 
@@ -34,10 +34,15 @@ const FAILED: u8 = 254;
 
 /// Runs a scene, with a list of `nr_pages` pages each, in the engine's own process and in a forked child.
 pub(crate) fn in_both(name: &str, nr_pages: u64, scene: impl Fn(&Scene<'_>)) {
+    in_both_with(name, || pages(nr_pages), scene);
+}
+
+/// As [`in_both`], with a list of [`mark`]ed pages that `list` makes.
+pub(crate) fn in_both_with(name: &str, list: impl Fn() -> Kiobuf, scene: impl Fn(&Scene<'_>)) {
     alone(name, || {
         let engine = engine_builder().fault_around_pages(1).build().unwrap();
-        on_stage(&engine, nr_pages, |vmap, count| scene(&Scene { vmap, count }));
-        on_stage(&engine, nr_pages, |vmap, count| {
+        on_stage(&engine, &list(), |vmap, count| scene(&Scene { vmap, count }));
+        on_stage(&engine, &list(), |vmap, count| {
             let (asked, answered) = (Told::new(), Told::new());
             let pid = child(|| {
                 let count = |refcount| {
@@ -62,13 +67,13 @@ pub(crate) fn in_both(name: &str, nr_pages: u64, scene: impl Fn(&Scene<'_>)) {
     });
 }
 
-fn on_stage(engine: &Engine, nr_pages: u64, play: impl FnOnce(&Vmap, &dyn Fn(usize))) {
+fn on_stage(engine: &Engine, list: &Kiobuf, play: impl FnOnce(&Vmap, &dyn Fn(usize))) {
     let derefs = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&derefs);
     let on_deref = move |_: &Vmap| {
         counted.fetch_add(1, Ordering::SeqCst);
     };
-    let vmap = engine.vmap_builder(&pages(nr_pages)).on_deref(on_deref).build().unwrap();
+    let vmap = engine.vmap_builder(list).on_deref(on_deref).build().unwrap();
     let (before, ends) = (AtomicUsize::new(0), AtomicUsize::new(0));
     play(&vmap, &|refcount| {
         assert_count(engine, &vmap, refcount);

@@ -57,7 +57,8 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     }
 }
 
-fn prepare() {
+/// Installs the handler of refused touches; once, and before an engine that is to be asked first.
+pub(crate) fn prepare() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
         for signal in [Signal::SIGBUS, Signal::SIGSEGV] {

@@ -52,7 +52,7 @@ fn joined(mut ranges: Vec<Shown>) -> Vec<Shown> {
 fn mapped(pid: &str, snapshot: &Snapshot) -> Option<Vec<(Shown, bool)>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
     let mut found = Vec::new();
-    for line in maps.lines().filter(|line| line.contains("/memfd:kiomap ")) {
+    for line in maps.lines().filter(|line| line.contains("/memfd:")) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let (start, end) = words[0].split_once('-').unwrap();
         let (major, minor) = words[3].split_once(':').unwrap();
@@ -74,7 +74,7 @@ fn mapped(pid: &str, snapshot: &Snapshot) -> Option<Vec<(Shown, bool)>> {
 /// The differences between what the engine says and what the kernel says.
 fn differences(snapshot: &Snapshot) -> Vec<String> {
     let mut differences = Vec::new();
-    let inode_of = |id| snapshot.vmaps.iter().find(|vmap| vmap.id == id).map(|vmap| vmap.inode);
+    let vmap_of = |id| snapshot.vmaps.iter().find(|vmap| vmap.id == id);
     for vmap in &snapshot.vmaps {
         let areas = snapshot.spaces.iter().flat_map(|space| &space.areas).filter(|area| area.vmap == vmap.id).count();
         if areas != vmap.refcount {
@@ -85,8 +85,11 @@ fn differences(snapshot: &Snapshot) -> Vec<String> {
     for space in &snapshot.spaces {
         let mut said = Vec::new();
         for area in &space.areas {
-            match inode_of(area.vmap) {
-                Some(inode) => said.push(Shown { start: area.start, end: area.end, inode, page: area.pgoff }),
+            match vmap_of(area.vmap) {
+                Some(vmap) => {
+                    let page = area.pgoff + vmap.offset / page_size() as u64;
+                    said.push(Shown { start: area.start, end: area.end, inode: vmap.inode, page });
+                }
                 None => differences.push(format!("an area of a vmap that is not listed: {area:?}")),
             }
         }

@@ -37,15 +37,11 @@ impl Round {
         (at < end).then(|| page_of(at)..page_of(end))
     }
 
-    /// The whole area around a page of the arena, if it can be touched, has one access, and is of the only region that shows its vmap:
-    /// what `mremap` adds without an event is then known to be of that region.
+    /// The whole area around a page of the arena, if it has one access, and is of the only region that shows its vmap: what
+    /// `mremap` adds without an event is then known to be of that region.
     pub(super) fn lone_area(&self, process: usize, at: usize) -> Option<std::ops::Range<usize>> {
         let cells = &self.process(process)?.space.cells;
-        let &Cell::Page { vmap, area, region, access, .. } = cells.get(&page_of(at))? else { return None };
-        // What can't be touched is not looked up: it is known only when it can be.
-        if access == Access::None {
-            return None;
-        }
+        let &Cell::Page { vmap, area, region, .. } = cells.get(&page_of(at))? else { return None };
         let of_area = |cell: &Cell| cell.area() == Some(area);
         let start = *cells.iter().find(|(_, cell)| of_area(cell))?.0;
         let end = *cells.iter().rfind(|(_, cell)| of_area(cell))?.0 + 1;
@@ -60,6 +56,19 @@ impl Round {
         (alone && run == (start..end)).then_some(run)
     }
 
+    /// Changes the access to pages of regions.
+    pub(super) fn protect(&mut self, process: usize, run: std::ops::Range<usize>, wanted: Access) -> Outcome {
+        let job = Job::Protect { addr: addr_of(run.start), len: addr_of(run.len()), access: wanted };
+        let answer = self.ask(process, job)?;
+        ensure!(answer == Answer::Done, "{answer:?}");
+        for (_, cell) in self.space(process).cells.range_mut(run) {
+            if let Cell::Page { access, .. } = cell {
+                *access = wanted;
+            }
+        }
+        Ok(())
+    }
+
     /// Grows an area in place, and touches what it got.
     pub(super) fn grow(&mut self, process: usize, at: usize, by: usize) -> Outcome {
         let Some(area) = self.lone_area(process, at) else { return Ok(()) };
@@ -70,7 +79,8 @@ impl Round {
         }
         // The kernel tells of it by a fault only. A part in which no page is missing goes with its region, and no more
         // than that is promised of it.
-        let Some(Cell::Page { vmap, pgoff, .. }) = self.cell(process, area.start - page_of(0)) else { return Ok(()) };
+        let first = self.cell(process, area.start - page_of(0));
+        let Some(Cell::Page { vmap, pgoff, access, .. }) = first else { return Ok(()) };
         let missing = |pgoff: u64| {
             let state = self.vmaps[vmap].as_ref().and_then(|vmap| vmap.pages.get(pgoff as usize));
             state.is_some_and(|page| !page.given || page.resident == Resident::No)
@@ -82,6 +92,12 @@ impl Round {
         let answer = self.ask(process, Job::Remap { from, len, new_len, flags: 0, to: None })?;
         ensure!(answer == Answer::Value(from as u64), "{answer:?}");
         self.space(process).grow(area.end, new_end);
+        if access == Access::None {
+            // Nothing tells of it while nobody may touch it.
+            self.protect(process, area.start..new_end, Access::Read)?;
+            self.look(process, area.end..new_end)?;
+            return self.protect(process, area.start..new_end, access);
+        }
         self.look(process, area.end..new_end)
     }
 

@@ -357,15 +357,7 @@ impl Round {
                 if run.is_empty() {
                     return Ok(());
                 }
-                let job = Job::Protect { addr: addr_of(run.start), len: addr_of(run.len()), access: wanted };
-                let answer = self.ask(process, job)?;
-                ensure!(answer == Answer::Done, "{answer:?}");
-                for (_, cell) in self.space(process).cells.range_mut(run) {
-                    if let Cell::Page { access, .. } = cell {
-                        *access = wanted;
-                    }
-                }
-                Ok(())
+                self.protect(process, run, wanted)
             }
             &Op::Advise { process, at, pages, advice } => self.advise(process, at, pages, advice),
             &Op::Fork { process, child } => self.fork(process, child),
@@ -398,7 +390,13 @@ impl Round {
                     return Ok(());
                 }
                 let how = if hard { Revoke::Hard } else { Revoke::Soft };
-                self.local.vmaps[&vmap].revoke(how).map_err(|error| error.to_string())?;
+                let handle = &self.local.vmaps[&vmap];
+                let revoked = handle.revoke(how);
+                if hard && handle.shares_pages() {
+                    ensure!(matches!(revoked, Err(kiomap::Error::Invalid { .. })), "{revoked:?}");
+                    return Ok(());
+                }
+                revoked.map_err(|error| error.to_string())?;
                 let Some(state) = &mut self.vmaps[vmap] else { return Ok(()) };
                 for page in &mut state.pages {
                     page.revoked = true;

@@ -21,7 +21,8 @@ impl Round {
         if vmap >= VMAPS || self.vmaps[vmap].is_some() {
             return Ok(());
         }
-        let (list, given) = build(vmap, 0, &self.possible(parts));
+        let parts = self.possible(parts);
+        let (list, given) = build(vmap, 0, &parts);
         let derefs = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&derefs);
         let mut builder = self.engine().vmap_builder(&list).on_deref(move |_| {
@@ -31,6 +32,7 @@ impl Round {
             builder = builder.expandable();
         }
         let built = builder.build().map_err(|error| error.to_string())?;
+        ensure!(built.shares_pages() == (!expandable && matches!(parts[..], [Part::Zero { .. }])), "whose pages?");
         self.local.vmaps.insert(vmap, built);
         let (count, expected_derefs) = (0, 0);
         self.vmaps[vmap] =

@@ -14,7 +14,12 @@ const UFFD_API: u64 = 0xAA;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xAA00;
 const MODE_MISSING: u64 = 1;
+const MODE_MINOR: u64 = 4;
 const EVENT_PAGEFAULT: u8 = 0x12;
+/// UFFD_FEATURE_EVENT_REMAP, _REMOVE and _UNMAP.
+pub(crate) const FEATURES_OF_EVENTS: u64 = 1 << 2 | 1 << 3 | 1 << 6;
+/// UFFD_FEATURE_MINOR_SHMEM.
+pub(crate) const FEATURE_MINOR: u64 = 1 << 10;
 
 #[repr(C)]
 pub(crate) struct UffdioApi {
@@ -48,7 +53,15 @@ pub(crate) struct UffdioPoison {
     updated: i64,
 }
 
-/// A message that is a page fault; the others of this size are not asked for.
+#[repr(C)]
+pub(crate) struct UffdioContinue {
+    start: u64,
+    len: u64,
+    mode: u64,
+    mapped: i64,
+}
+
+/// A message; the fields are those of a page fault.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Message {
@@ -61,9 +74,18 @@ pub(crate) struct Message {
 
 const _: () = assert!(size_of::<Message>() == 32);
 
+impl Message {
+    /// The address that was touched, if it is of a fault.
+    #[inline]
+    pub(crate) fn fault(&self) -> Option<usize> {
+        (self.event == EVENT_PAGEFAULT).then_some(self.address as usize)
+    }
+}
+
 nix::ioctl_readwrite!(uffdio_api, 0xAA, 0x3F, UffdioApi);
 nix::ioctl_readwrite!(uffdio_register, 0xAA, 0x00, UffdioRegister);
 nix::ioctl_readwrite!(uffdio_copy, 0xAA, 0x03, UffdioCopy);
+nix::ioctl_readwrite!(uffdio_continue, 0xAA, 0x07, UffdioContinue);
 nix::ioctl_readwrite!(uffdio_poison, 0xAA, 0x08, UffdioPoison);
 
 /// How the handler of the floor waits for a message.
@@ -84,6 +106,11 @@ pub(crate) struct Uffd {
 impl Uffd {
     /// Opens one in the way in which the engine opened its own.
     pub(crate) fn open(way: OpenWay, waiting: Waiting) -> Result<Uffd> {
+        Uffd::open_for(way, waiting, 0)
+    }
+
+    /// The same, with features.
+    pub(crate) fn open_for(way: OpenWay, waiting: Waiting, features: u64) -> Result<Uffd> {
         let nonblock = if waiting == Waiting::Poll { libc::O_NONBLOCK } else { 0 };
         let flags = libc::O_CLOEXEC | nonblock;
         let raw = match way {
@@ -102,23 +129,43 @@ impl Uffd {
         let raw = Errno::result(raw).context("opening a userfaultfd")?;
         // SAFETY: the descriptor is new, and nobody else has it.
         let uffd = Uffd { fd: unsafe { OwnedFd::from_raw_fd(raw) }, waiting };
-        let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+        let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
         // SAFETY: the argument is a whole struct of ours.
         unsafe { uffdio_api(raw, &mut api) }.context("UFFDIO_API")?;
         Ok(uffd)
     }
 
+    /// Registers memory for pages that are missing.
     pub(crate) fn register(&self, memory: &Mapping) -> Result<()> {
-        let mut request =
-            UffdioRegister { start: memory.addr() as u64, len: memory.len as u64, mode: MODE_MISSING, ioctls: 0 };
+        self.register_for(memory, MODE_MISSING)
+    }
+
+    /// Registers memory for pages that the memfd holds and that are not mapped.
+    pub(crate) fn register_minor(&self, memory: &Mapping) -> Result<()> {
+        self.register_for(memory, MODE_MINOR)
+    }
+
+    fn register_for(&self, memory: &Mapping, mode: u64) -> Result<()> {
+        let mut request = UffdioRegister { start: memory.addr() as u64, len: memory.len as u64, mode, ioctls: 0 };
         // SAFETY: the argument is a whole struct of ours; the range is a mapping of ours.
         unsafe { uffdio_register(self.fd.as_raw_fd(), &mut request) }.context("UFFDIO_REGISTER")?;
         Ok(())
     }
 
-    /// Waits for faults; passes their addresses on.
+    /// Waits for faults; passes their addresses on. Events end in `EPROTO`.
     #[inline]
     pub(crate) fn wait(&self, messages: &mut [Message], mut each: impl FnMut(usize)) -> Result<(), Errno> {
+        let mut foreign = false;
+        self.wait_for_any(messages, |message| match message.fault() {
+            Some(addr) => each(addr),
+            None => foreign = true,
+        })?;
+        if foreign { Err(Errno::EPROTO) } else { Ok(()) }
+    }
+
+    /// Waits for messages of any kind.
+    #[inline]
+    pub(crate) fn wait_for_any(&self, messages: &mut [Message], each: impl FnMut(&Message)) -> Result<(), Errno> {
         if self.waiting == Waiting::Poll {
             let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             // SAFETY: one entry, and it is ours.
@@ -133,12 +180,7 @@ impl Uffd {
             Err(Errno::EAGAIN | Errno::EINTR) => 0,
             Err(errno) => return Err(errno),
         };
-        for message in &messages[..read] {
-            if message.event != EVENT_PAGEFAULT {
-                return Err(Errno::EPROTO);
-            }
-            each(message.address as usize);
-        }
+        messages[..read].iter().for_each(each);
         Ok(())
     }
 
@@ -151,6 +193,14 @@ impl Uffd {
             UffdioCopy { dst: dst as u64, src: src.expose_provenance() as u64, len: len as u64, mode: 0, copy: 0 };
         // SAFETY: the argument is a whole struct of ours; the rest is the caller's promise.
         unsafe { uffdio_copy(self.fd.as_raw_fd(), &mut request) }.map(drop)
+    }
+
+    /// Maps what the memfd holds.
+    #[inline]
+    pub(crate) fn map_held(&self, dst: usize, len: usize) -> Result<(), Errno> {
+        let mut request = UffdioContinue { start: dst as u64, len: len as u64, mode: 0, mapped: 0 };
+        // SAFETY: the argument is a whole struct of ours; no byte is changed.
+        unsafe { uffdio_continue(self.fd.as_raw_fd(), &mut request) }.map(drop)
     }
 
     #[inline]
@@ -170,6 +220,13 @@ pub(crate) enum Memory {
     Memfd,
 }
 
+/// Makes a memfd of `pages` pages.
+pub(crate) fn memfd(pages: usize) -> Result<OwnedFd> {
+    let fd = memfd_create(c"benchmark", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).context("memfd_create")?;
+    nix::unistd::ftruncate(&fd, (pages * page_size()) as i64).context("sizing a memfd")?;
+    Ok(fd)
+}
+
 /// Mapped memory, none of it there yet.
 pub(crate) struct Mapping {
     start: *mut u8,
@@ -185,16 +242,16 @@ impl Mapping {
     /// Maps `pages` pages; the memfd has only `backed` of them.
     pub(crate) fn new(memory: Memory, pages: usize, backed: usize) -> Result<Mapping> {
         let len = pages * page_size();
-        let fd = match memory {
-            Memory::Anon => None,
-            Memory::Memfd => {
-                let fd = memfd_create(c"fault_latency", MFdFlags::MFD_CLOEXEC).context("memfd_create")?;
-                nix::unistd::ftruncate(&fd, (backed * page_size()) as i64).context("sizing a memfd")?;
-                Some(fd)
-            }
-        };
+        match memory {
+            Memory::Anon => Mapping::of(None, len),
+            Memory::Memfd => Mapping::of(Some(&memfd(backed)?), len),
+        }
+    }
+
+    /// Maps `len` bytes of a memfd, shared, or of nothing, private.
+    pub(crate) fn of(fd: Option<&OwnedFd>, len: usize) -> Result<Mapping> {
         let flags = if fd.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE | libc::MAP_ANONYMOUS };
-        let raw = fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let raw = fd.map_or(-1, AsRawFd::as_raw_fd);
         let start = map(len, flags, raw).context("mmap of memory to touch")?;
         // Pages of 4 KiB are what is compared; not every kernel can be asked.
         // SAFETY: the range was just mapped, and the advice changes no byte.

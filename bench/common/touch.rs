@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use kiomap::page_size;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-use crate::clock::now;
+use super::clock::now;
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 compile_error!("touching a page that raises SIGBUS, and going on behind it, is written for x86-64 and aarch64");

@@ -1,0 +1,136 @@
+//! The floor: a bare loop of a blocking read and an ioctl, which is what any handler has to do at the least.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use kiomap::{OpenWay, page_size};
+use nix::errno::Errno;
+
+use super::raw::{FEATURE_MINOR, Mapping, Memory, Message, Uffd, Waiting, memfd, run_on};
+use super::source::{Source, fill};
+
+/// Messages that the floor reads at once.
+const MESSAGES: usize = 16;
+
+/// What the floor answers with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum With {
+    /// UFFDIO_COPY of the aligned block of so many pages around the one that was touched.
+    Copy(usize),
+    /// UFFDIO_CONTINUE of such a block: the memfd holds every page.
+    Continue(usize),
+    /// UFFDIO_POISON.
+    Poison,
+}
+
+/// Memory, untouched, and a thread that answers for it.
+pub(crate) struct Floor {
+    memory: Arc<Mapping>,
+    pages: usize,
+    handler: JoinHandle<u64>,
+}
+
+impl Floor {
+    /// Starts the loop, on a processor if one is given, else where the caller may run.
+    pub(crate) fn start(
+        memory: Memory,
+        waiting: Waiting,
+        with: With,
+        pages: usize,
+        source: Source,
+        way: OpenWay,
+        cpu: Option<usize>,
+    ) -> Result<Floor> {
+        let (memory, uffd) = if let With::Continue(_) = with {
+            let fd = memfd(pages + 1)?;
+            let filled = Mapping::of(Some(&fd), (pages + 1) * page_size())?;
+            fill(&filled, pages + 1);
+            let memory = Mapping::of(Some(&fd), (pages + 1) * page_size())?;
+            let uffd = Uffd::open_for(way, waiting, FEATURE_MINOR)?;
+            uffd.register_minor(&memory)?;
+            (memory, uffd)
+        } else {
+            let memory = Mapping::new(memory, pages + 1, pages + 1)?;
+            let uffd = Uffd::open(way, waiting)?;
+            uffd.register(&memory)?;
+            (memory, uffd)
+        };
+        let memory = Arc::new(memory);
+        let range = Arc::clone(&memory);
+        let handler = std::thread::Builder::new().name("floor".into()).spawn(move || {
+            if let Some(cpu) = cpu
+                && let Err(error) = run_on(&[cpu])
+            {
+                eprintln!("the floor runs anywhere: {error:#}");
+            }
+            answer(&uffd, &range, pages, with, &source)
+        });
+        Ok(Floor { memory, pages, handler: handler.context("starting the floor's handler")? })
+    }
+
+    /// The address of the first page.
+    pub(crate) fn base(&self) -> usize {
+        self.memory.as_ptr().expose_provenance()
+    }
+
+    /// Ends the loop; how many faults it answered.
+    pub(crate) fn finish(self) -> Result<u64> {
+        // The page behind the last tells the handler that it is done.
+        // SAFETY: the page lies within the mapping; no reference to it exists.
+        unsafe { self.memory.as_ptr().add(self.pages * page_size()).write_volatile(1) };
+        self.handler.join().ok().context("the floor's handler panicked")
+    }
+}
+
+fn answer(uffd: &Uffd, memory: &Mapping, pages: usize, with: With, source: &Source) -> u64 {
+    let base = memory.as_ptr().expose_provenance();
+    let end = pages * page_size();
+    let source = source.as_ref().as_ptr();
+    let mut messages = [Message::default(); MESSAGES];
+    let (mut faults, mut done) = (0, false);
+    while !done {
+        let mut failed = Ok(());
+        let waited = uffd.wait(&mut messages, |addr| {
+            let offset = addr - base;
+            let answer = if offset >= end {
+                done = true;
+                match with {
+                    With::Continue(_) => uffd.map_held(base + end, page_size()),
+                    // SAFETY: the page is registered, and no reference to it exists; the source has a page.
+                    _ => unsafe { uffd.copy(base + end, source, page_size()) },
+                }
+            } else {
+                faults += 1;
+                let block = |around: usize| {
+                    let block = around * page_size();
+                    let start = offset / block * block;
+                    (start, block.min(end - start))
+                };
+                match with {
+                    With::Poison => uffd.poison(base + offset, page_size()),
+                    With::Continue(around) => {
+                        let (start, len) = block(around);
+                        uffd.map_held(base + start, len)
+                    }
+                    With::Copy(around) => {
+                        let (start, len) = block(around);
+                        // SAFETY: the block is registered, touched through atomics only; the source is as long as it.
+                        unsafe { uffd.copy(base + start, source.add(start), len) }
+                    }
+                }
+            };
+            failed = failed.and(answer);
+        });
+        if let Err(errno) = waited.and(failed) {
+            unanswerable(errno);
+        }
+    }
+    faults
+}
+
+/// Ends the process: a thread would wait for ever.
+fn unanswerable(errno: Errno) -> ! {
+    eprintln!("the floor can't answer a fault: {errno}");
+    std::process::exit(1)
+}

@@ -1,0 +1,374 @@
+//! Faults on huge pages: each brings the one page that it lies in, whole.
+//!
+//! A huge page is copied straight from the list when one extent of memory holds all of it, and is composed in a buffer
+//! when it does not. The buffers are made by the thread that builds a vmap of such pages, and given to the fault-handling
+//! thread by a command. Where reading would wait a worker composes, as it does for the system's own pages.
+//!
+//! What the kernel does differently here: it answers EEXIST, not ENOMEM, when the pool is empty, so that CONTINUE has to be
+//! asked whether the page is there; it has no ZEROPAGE, so that zeros are copied; and it can't mask.
+
+use std::ops::Range;
+
+use crossbeam_channel::TrySendError;
+use memmap2::{Advice, Mmap, MmapMut};
+use nix::errno::Errno;
+
+use super::command::{Command, ReadBuffer, ReadJob, ReadOrder};
+use super::fault::Fault;
+use super::resolve::{Answer, Claim, RETRIES_BEFORE_ASIDE, Resolver, Source};
+use super::shared::EngineShared;
+use crate::kiobuf::{Kiobuf, Nopage, TryRead};
+use crate::space::mmap_vec::MmapVec;
+use crate::space::table::Area;
+use crate::space::{Space, Target};
+use crate::stats::add;
+use crate::sys::{Stop, Userfault};
+use crate::vmap::page_size::{PageSize, bytes_of, parts};
+use crate::{Error, Result};
+
+/// Huge pages of 2 MiB that workers may read at once. Of larger ones it is one: its memory stays with the engine.
+const READ_BUFFERS: usize = 4;
+
+/// What composing huge pages of one size takes.
+pub(crate) struct HugeMemory {
+    page: PageSize,
+    /// Where pages are composed that can be read at once.
+    bounce: MmapMut,
+    /// Never written: the kernel shows its zero page.
+    zeros: Mmap,
+    /// Where workers compose pages.
+    buffers: MmapVec<ReadBuffer>,
+}
+
+impl HugeMemory {
+    fn new(page: PageSize) -> Result<HugeMemory> {
+        let no_memory = "mmap of a buffer for huge pages";
+        let anonymous = || MmapMut::map_anon(page.bytes()).map_err(Error::io(no_memory));
+        let mut buffers = MmapVec::new();
+        for _ in 0..if page == PageSize::Huge2M { READ_BUFFERS } else { 1 } {
+            buffers.try_push(ReadBuffer(anonymous()?)).map_err(|(_, errno)| Error::sys(no_memory)(errno))?;
+        }
+        let zeros = anonymous()?.make_read_only().map_err(Error::io(no_memory))?;
+        // COPY reads what is mapped without a second try. It is one page of zeros, shown everywhere.
+        let _ = zeros.advise(Advice::PopulateRead);
+        Ok(HugeMemory { page, bounce: anonymous()?, zeros, buffers })
+    }
+}
+
+/// The memory of each size of which there is a vmap.
+#[derive(Default)]
+pub(crate) struct HugeSizes([Option<HugeMemory>; PageSize::HUGE.len()]);
+
+impl HugeSizes {
+    fn of(&mut self, page: PageSize) -> Option<&mut HugeMemory> {
+        self.0.iter_mut().flatten().find(|memory| memory.page == page)
+    }
+
+    /// Takes a buffer back.
+    pub(super) fn give_back(&mut self, order: ReadOrder) {
+        if let Some(memory) = order.huge.and_then(|page| self.of(page)) {
+            // It came from there: its place is free.
+            let _ = memory.buffers.try_push(order.buffer);
+        }
+    }
+}
+
+/// Sees to it that the fault-handling thread has what pages of a size take.
+///
+/// # Errors
+///
+/// [`Error::Sys`] with `ENOMEM`; [`Error::Shutdown`].
+pub(crate) fn provide(shared: &EngineShared, page: PageSize) -> Result<()> {
+    if page.is_huge() {
+        let memory = HugeMemory::new(page)?;
+        drop(shared.handler.ask(|reply| Command::Huge { memory, reply })?);
+    }
+    Ok(())
+}
+
+/// Reads pages of any extents into a buffer that begins with the first of them, and zeroes the rest; may wait.
+///
+/// # Errors
+///
+/// That of the first extent that can't be read.
+pub(crate) fn read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> std::result::Result<(), Errno> {
+    for part in parts(list, pages.clone()) {
+        list.read_pages(part.start, &mut buf[bytes_of(pages.start, &part)]).map_err(|failure| failure.errno())?;
+    }
+    buf[bytes_of(pages.start, &pages).end..].fill(0);
+    Ok(())
+}
+
+/// As [`read`], unless that would wait.
+fn try_read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> TryRead {
+    for part in parts(list, pages.clone()) {
+        match list.try_read_pages(part.start, &mut buf[bytes_of(pages.start, &part)]) {
+            TryRead::Done => {}
+            other => return other,
+        }
+    }
+    buf[bytes_of(pages.start, &pages).end..].fill(0);
+    TryRead::Done
+}
+
+impl Resolver {
+    /// Keeps memory for huge pages, unless there is some of the size already: it goes back then, to be freed elsewhere.
+    pub(super) fn take_huge(&mut self, memory: HugeMemory) -> Option<HugeMemory> {
+        // Each buffer may be under way, of every size.
+        let more = self.buffers.len() + READ_BUFFERS * PageSize::HUGE.len();
+        if self.huge.of(memory.page).is_some() || self.claims.try_reserve(more).is_err() {
+            return Some(memory);
+        }
+        match self.huge.0.iter_mut().find(|place| place.is_none()) {
+            Some(place) => place.replace(memory),
+            None => Some(memory),
+        }
+    }
+
+    /// Answers a fault in an area of huge pages.
+    pub(super) fn resolve_huge(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+    ) -> Answer {
+        let page = area.target.page;
+        let fault = &Fault { addr: page.floor(fault.addr), ..*fault };
+        let first = area.pgoff_of(fault.addr);
+        let list = &area.target.list;
+        let after = first + page.base_pages();
+        let found = list.nopage(first);
+        if fault.retries == 0 {
+            self.count_found(area, fault, &found);
+        }
+        match found {
+            Nopage::Sigbus(_) => self.poison_huge(space, uffd, page, fault),
+            Nopage::Direct { src, run } if run.end >= after => {
+                let src = src.wrapping_add(bytes_of(run.start, &(run.start..first)).end);
+                self.install_huge(space, uffd, area, fault, Source::Memory(src))
+            }
+            Nopage::Zero { run } if run.end >= after.min(list.nr_pages()) => {
+                self.install_huge(space, uffd, area, fault, Source::Zeros)
+            }
+            _ => self.read_huge(space, uffd, area, fault, first..after.min(list.nr_pages())),
+        }
+    }
+
+    /// Composes a huge page at once if that can't block, else lets a worker do it.
+    fn read_huge(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        pages: Range<u64>,
+    ) -> Answer {
+        let Target { vmap, list, page, .. } = &area.target;
+        let is_worker = self.is_worker(fault);
+        if self.claims.iter().any(|claim| claim.vmap == vmap.id && claim.pages.contains(&pages.start)) {
+            return if is_worker { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
+        }
+        if fault.retries > 0 {
+            match map_resident(uffd, fault.addr, page.bytes()) {
+                Resident::No => {}
+                Resident::Later if fault.retries >= RETRIES_BEFORE_ASIDE => {}
+                resident => return self.mapped_huge(uffd, *page, fault, resident),
+            }
+        }
+        // It was provided before the vmap was built.
+        let Some(memory) = self.huge.of(*page) else { return self.poison_huge(space, uffd, *page, fault) };
+        // Others would wait for as long as composing the largest pages takes.
+        let is_long = *page > PageSize::Huge2M && !is_worker;
+        let read = if is_long { TryRead::WouldBlock } else { try_read(list, pages.clone(), &mut memory.bounce) };
+        match read {
+            TryRead::Done => {
+                let source = Source::Read(memory.bounce.as_ptr());
+                self.install_huge(space, uffd, area, fault, source)
+            }
+            TryRead::Failed(_) => {
+                self.count_failed(area);
+                self.poison_huge(space, uffd, *page, fault)
+            }
+            TryRead::WouldBlock if is_worker => self.refuse_worker(space, uffd, fault),
+            TryRead::WouldBlock => self.hand_huge_to_worker(space, area, fault, pages),
+        }
+    }
+
+    fn hand_huge_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
+        let Target { vmap, list, page, generation, .. } = &area.target;
+        let Some(buffer) = self.huge.of(*page).and_then(|memory| memory.buffers.pop()) else { return Answer::Later };
+        let claim = Claim { vmap: vmap.id, pages: pages.clone(), fault: *fault };
+        let order = ReadOrder {
+            space: space.id,
+            vmap: vmap.id,
+            generation: *generation,
+            pages,
+            addr: fault.addr,
+            since: fault.since,
+            huge: Some(*page),
+            buffer,
+        };
+        match self.jobs.try_send(ReadJob { list: list.clone(), order }) {
+            Ok(()) => {
+                add(&self.shared.counters.worker_reads, 1);
+                add(&vmap.counters.worker_reads, 1);
+                // As many places as buffers were reserved.
+                let _ = self.claims.try_push(claim);
+                Answer::Handed
+            }
+            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                // The area holds the list too.
+                self.huge.give_back(job.order);
+                Answer::Later
+            }
+        }
+    }
+
+    /// Installs what a worker has composed; answers with the fault that it was composed for.
+    pub(super) fn finish_huge_read(
+        &mut self,
+        space: &Space,
+        order: ReadOrder,
+        outcome: std::result::Result<(), Errno>,
+    ) -> (Fault, Answer) {
+        let starved = self.starved_before(&order);
+        let fault = Fault { retries: RETRIES_BEFORE_ASIDE, starved, ..order.fault() };
+        let installed = self.install_huge_read(space, &order, &fault, outcome);
+        self.discard(order);
+        // `None` when the list was exchanged or the area moved while it was read: as if it had just faulted.
+        let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
+        (fault, answer)
+    }
+
+    fn install_huge_read(
+        &mut self,
+        space: &Space,
+        order: &ReadOrder,
+        fault: &Fault,
+        outcome: std::result::Result<(), Errno>,
+    ) -> Option<Answer> {
+        let uffd = space.uffd.as_ref()?;
+        let area = space.table.find(fault.addr)?;
+        let target = &area.target;
+        let pgoff = area.pgoff_of(fault.addr);
+        if target.vmap.id != order.vmap || target.generation != order.generation || pgoff != order.pages.start {
+            return None;
+        }
+        if outcome.is_err() {
+            self.count_failed(area);
+            return Some(self.poison_huge(space, uffd, target.page, fault));
+        }
+        Some(self.install_huge(space, uffd, area, fault, Source::ReadByWorker(order.buffer.0.as_ptr())))
+    }
+
+    /// Installs the huge page of a fault.
+    fn install_huge(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        source: Source,
+    ) -> Answer {
+        let page = area.target.page;
+        let src = match source {
+            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => src,
+            Source::Zeros => match self.huge.of(page) {
+                Some(memory) => memory.zeros.as_ptr(),
+                None => return self.poison_huge(space, uffd, page, fault),
+            },
+        };
+        // SAFETY: a whole huge page lies at `src`, in the list or in a buffer; the destination is a page of an area of this
+        // engine, in which no thread holds a reference to what is missing.
+        let mut install = unsafe { uffd.copy(fault.addr, src, page.bytes()) };
+        if install.stop == Some(Stop::Changing)
+            && fault.retries >= RETRIES_BEFORE_ASIDE
+            && let Some(window) = &area.target.window
+        {
+            // SAFETY: as above; the window maps the same page.
+            install = unsafe { window.copy(area.pgoff_of(fault.addr), src, page.bytes()) };
+            if install.stop.is_none() {
+                self.count_installed(space, area, &source, install);
+                add(&self.shared.counters.pages_aside, page.base_pages());
+                add(&area.target.vmap.counters.pages_aside, page.base_pages());
+                return self.wake_huge(uffd, page, fault);
+            }
+            if install.stop == Some(Stop::Present) && window.holds(area.pgoff_of(fault.addr)) {
+                return self.wake_huge(uffd, page, fault);
+            }
+        }
+        self.count_installed(space, area, &source, install);
+        match install.stop {
+            None => Answer::Done,
+            Some(Stop::Present) => match map_resident(uffd, fault.addr, page.bytes()) {
+                // The kernel says so when the pool is empty.
+                Resident::No => self.not_installed(space, uffd, fault, Stop::NoMemory),
+                resident => {
+                    add(&self.shared.counters.already_present, 1);
+                    add(&area.target.vmap.counters.already_present, 1);
+                    self.mapped_huge(uffd, page, fault, resident)
+                }
+            },
+            Some(stop) => self.not_installed(space, uffd, fault, stop),
+        }
+    }
+
+    /// Makes a huge page a SIGBUS, unless the object holds it.
+    pub(super) fn poison_huge(&mut self, space: &Space, uffd: &Userfault, page: PageSize, fault: &Fault) -> Answer {
+        let fault = &Fault { addr: page.floor(fault.addr), ..*fault };
+        match map_resident(uffd, fault.addr, page.bytes()) {
+            Resident::No => {}
+            resident => return self.mapped_huge(uffd, page, fault, resident),
+        }
+        match uffd.poison(fault.addr, page.bytes()).stop {
+            None => self.count_refused(space, fault, Answer::Done),
+            Some(Stop::Changing | Stop::NoMemory) => Answer::Later,
+            Some(Stop::Gone) => Answer::Gone,
+            // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
+            Some(_) => self.wake_huge(uffd, page, fault),
+        }
+    }
+
+    /// Answers a fault by what became of mapping its page.
+    fn mapped_huge(&self, uffd: &Userfault, page: PageSize, fault: &Fault, resident: Resident) -> Answer {
+        match resident {
+            Resident::Mapped => Answer::Done,
+            Resident::No | Resident::Later => Answer::Later,
+            Resident::Gone => Answer::Gone,
+            Resident::Unclear => self.wake_huge(uffd, page, fault),
+        }
+    }
+
+    /// Wakes every thread that waits for a huge page.
+    fn wake_huge(&self, uffd: &Userfault, page: PageSize, fault: &Fault) -> Answer {
+        add(&self.shared.counters.wakes, 1);
+        match uffd.wake(fault.addr, page.bytes()) {
+            Err(Errno::EAGAIN) => Answer::Later,
+            _ => Answer::Done,
+        }
+    }
+}
+
+/// What came of mapping a page that the object may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resident {
+    /// It is mapped, and its waiters awake.
+    Mapped,
+    /// The object does not hold it.
+    No,
+    Later,
+    Gone,
+    /// Mapped already, or not mapped any more: the retried touch finds out.
+    Unclear,
+}
+
+fn map_resident(uffd: &Userfault, addr: usize, len: usize) -> Resident {
+    match uffd.r#continue(addr, len).stop {
+        None => Resident::Mapped,
+        Some(Stop::BadSource) => Resident::No,
+        Some(Stop::Changing | Stop::NoMemory) => Resident::Later,
+        Some(Stop::Gone) => Resident::Gone,
+        Some(_) => Resident::Unclear,
+    }
+}

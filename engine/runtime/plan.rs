@@ -1,0 +1,55 @@
+//! What a fault needs: which pages, from where. Pure, but for what an area remembers of its last faults.
+
+use std::ops::Range;
+
+use super::around::FaultAround;
+use crate::kiobuf::Nopage;
+use crate::page::page_size;
+use crate::space::Target;
+use crate::space::table::Area;
+use crate::stats::{Counters, add};
+
+/// What brings a page, and which others with it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// Copies of what lies in memory from `src` on.
+    Copy { pages: Range<u64>, src: *const u8 },
+    /// Zeros.
+    Zero { pages: Range<u64> },
+    /// Some of these pages are to be read first.
+    Read { run: Range<u64> },
+    /// There is no page.
+    Sigbus,
+}
+
+impl Plan {
+    /// Counts a fault by what its page is.
+    pub(crate) fn count(&self, all: &Counters, area: &Area<Target>, write: bool) {
+        let own = &*area.target.vmap.counters;
+        let (all, kind) = match self {
+            Plan::Copy { .. } => (&all.faults_copied, &own.faults_copied),
+            Plan::Read { .. } => (&all.faults_read, &own.faults_read),
+            Plan::Zero { .. } => (&all.faults_zeroed, &own.faults_zeroed),
+            Plan::Sigbus => (&all.faults_refused, &own.faults_refused),
+        };
+        add(all, 1);
+        add(kind, 1);
+        if write {
+            add(&own.write_faults, 1);
+        }
+    }
+}
+
+/// Decides about a fault on page `pgoff` of an area.
+pub(crate) fn plan(around: FaultAround, area: &Area<Target>, pgoff: u64) -> Plan {
+    match area.target.list.nopage(pgoff) {
+        Nopage::Direct { src, run } => {
+            let pages = around.window(area, &run, pgoff, false);
+            let src = src.wrapping_add((pages.start - run.start) as usize * page_size());
+            Plan::Copy { pages, src }
+        }
+        Nopage::Zero { run } => Plan::Zero { pages: around.window(area, &run, pgoff, false) },
+        Nopage::Read { run, .. } => Plan::Read { run },
+        Nopage::Sigbus(_) => Plan::Sigbus,
+    }
+}
