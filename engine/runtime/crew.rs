@@ -2,58 +2,66 @@
 //!
 //! One thread owns the areas and applies events. Where threads fault on several processors, it is one processor for all
 //! of them, and half of each fault is a switch to another. So it calls a *crew*: threads, each pinned to a processor,
-//! which then read every userfaultfd and answer what is simple: a missing page of a list whose bytes lie in memory, or are
-//! zeros. Everything else they hand to the owner, in the order of reading. When faults come from one processor only, or
-//! are not simple, the owner sends the crew to sleep and reads by itself again. A crew that sleeps costs nothing.
+//! which then read the userfaultfds of the spaces whose threads fault there, and answer what is simple: a missing page of
+//! a list whose bytes lie in memory, or are zeros. Everything else they leave to the owner. When faults come from one
+//! processor only, or are not simple, the owner sends the crew to sleep and reads by itself again. A crew that sleeps
+//! costs nothing.
 //!
 //! Two readers of one userfaultfd are dangerous: while one of them has looked an address up and is about to install its
 //! page, the other may read the unmap of that address, whose thread runs on then and maps something else there. Three
 //! rules keep the engine's promises.
 //!
-//! 1. *A member installs nothing at an address.* It fills the page of the vmap through the vmap's window, whose
-//!    addresses nobody else has, and wakes whoever waits at the address, who then maps what the vmap holds. So a lookup
-//!    that is out of date brings a page of a vmap that nobody asked for, with the bytes of its list, and wakes a thread
-//!    that faults again: no byte is wrong wherever it lands, whatever lies at the address by now, of this engine or not.
+//! 1. *A member installs nothing at an address of which another member may read the unmap.* It either keeps others from
+//!    reading until it has installed ([`Space::aside`] is locked that long), which is done where it is the only one who
+//!    waits for the space. Or it fills the page of the vmap through the vmap's window, whose addresses nobody else has, and
+//!    wakes whoever waits at the address, who then maps what the vmap holds. So a lookup that is out of date brings a page
+//!    of a vmap that nobody asked for, with the bytes of its list, and wakes a thread that faults again: no byte is wrong
+//!    wherever it lands, whatever lies at the address by now, of this engine or not.
 //! 2. *While the owner runs, no member does.* Members read, look up and fill inside a [`Crossing`], which is open while
-//!    the owner waits for news. It closes it for its turn, then takes what was handed on, and only then does anything
+//!    the owner waits for news. It closes it for its turn, then takes what was left aside, and only then does anything
 //!    else. So whatever the owner does, it does as if it were alone: no event is read that it has not applied; nothing is
 //!    read between its lookup and what it installs; a list that it has exchanged, an area that it has taken out, is used
 //!    by nobody any more when it answers.
-//! 3. *One member reads at a time*, and hands on what it can't answer before the next one reads: events are applied in
-//!    the order in which the kernel told them. As long as something waits to be taken, everything is handed on.
+//! 3. *One member at a time reads from a space*, and none as long as a message of it lies aside: events are applied in the
+//!    order in which the kernel told them.
+//!
+//! Where the process may, members step back behind the threads that fault (SCHED_IDLE; see [`placement`](super::placement)
+//! for why). Then the owner looks after them now and then: what none of them has read by then it reads itself, and a
+//! member that has not finished what it had begun one look before, or keeps the owner from its turn, gets the processor
+//! like any other thread. Where that happens again, the crew is let go, and not called for a while.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
+use super::crew_roster::Roster;
 use super::crossing::{Crossing, Inside};
 use super::fault::Fault;
 use super::shared::EngineShared;
+use super::watch::set_policy;
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::{Space, SpaceId};
-use crate::sys::{Message, Userfault};
 use crate::{Error, Result};
 
-/// Messages that may wait to be taken by the owner; the kernel keeps the others.
-pub(crate) const HANDED_ON: usize = 64;
 /// The token of the crew's bell in a member's epoll; spaces use their ids.
 pub(super) const BELL_TOKEN: u64 = u64::MAX;
+/// Added to the token of a space for which nobody else waits.
+pub(super) const ALONE: u64 = 1 << 63;
 /// The most threads that answer faults.
 pub const HANDLERS_MAX: usize = 16;
-
-/// What a member hands on to the owner.
-pub(crate) enum HandedOn {
-    /// What was read from a space.
-    Message(SpaceId, Message),
-    /// A fault whose page could not be filled.
-    Failed(Fault),
-}
+/// How long the owner waits for members before it gives them the processor.
+const PATIENCE: Duration = Duration::from_millis(1);
+/// Faults that no member could fill and that wait for the owner.
+const FAILED: usize = 64;
+/// Threads that a member remembers.
+pub(super) const REMEMBERED: usize = 4;
 
 /// One member, as the others see it.
 pub(super) struct Member {
@@ -62,8 +70,70 @@ pub(super) struct Member {
     pub(super) cpu: AtomicI32,
     /// Faults that it answered.
     pub(super) answered: AtomicU64,
-    /// The thread whose fault it answered last.
+    /// Odd while it has a fault.
+    pub(super) turn: AtomicU32,
+    /// Its thread.
     pub(super) thread: AtomicI32,
+    /// It has stepped back behind the threads that fault.
+    pub(super) is_back: AtomicBool,
+    /// Whose faults it answered: what is noted inside, and looked at and forgotten while the crossing is closed.
+    pub(super) seen: [Seen; REMEMBERED],
+}
+
+/// A thread that has faulted.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    pub(super) space: AtomicU64,
+    /// 0 is nobody.
+    pub(super) thread: AtomicI32,
+}
+
+impl Seen {
+    fn is(&self, space: SpaceId, thread: i32) -> bool {
+        self.thread.load(Ordering::Relaxed) == thread && self.space.load(Ordering::Relaxed) == space
+    }
+}
+
+impl Member {
+    /// Notes whose fault it answered.
+    pub(super) fn saw(&self, space: SpaceId, thread: i32, _inside: &Inside<'_>) {
+        if self.seen.iter().any(|seen| seen.is(space, thread)) {
+            return;
+        }
+        if let Some(free) = self.seen.iter().find(|seen| seen.thread.load(Ordering::Relaxed) == 0) {
+            free.space.store(space, Ordering::Relaxed);
+            free.thread.store(thread, Ordering::Relaxed);
+        }
+    }
+
+    /// Tells whose faults it answered, space and thread (0: nobody), and forgets it. Called while the crossing is closed.
+    pub(super) fn forget_seen(&self) -> impl Iterator<Item = (SpaceId, i32)> {
+        self.seen.iter().map(|seen| match seen.thread.swap(0, Ordering::Relaxed) {
+            0 => (0, 0),
+            thread => (seen.space.load(Ordering::Relaxed), thread),
+        })
+    }
+
+    /// It has a fault from now on.
+    pub(super) fn begins(&self) {
+        self.turn.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// It has none any more.
+    pub(super) fn ends(&self) {
+        self.turn.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Has it step back behind the threads on its processor, or gives it the processor like any other thread; tells
+    /// whether that changed anything. Only the owner does that.
+    pub(super) fn step(&self, back: bool) -> bool {
+        let thread = self.thread.load(Ordering::Relaxed);
+        let changes = thread != 0 && self.is_back.load(Ordering::Relaxed) != back;
+        if changes && set_policy(thread, if back { libc::SCHED_IDLE } else { libc::SCHED_OTHER }).is_ok() {
+            self.is_back.store(back, Ordering::Relaxed);
+        }
+        changes
+    }
 }
 
 const NOWHERE: i32 = -1;
@@ -73,10 +143,9 @@ pub(crate) struct Crew {
     pub(super) shared: Arc<EngineShared>,
     pub(super) fault_around: FaultAround,
     crossing: Crossing,
-    /// Held by who reads.
-    reading: Mutex<MmapVec<HandedOn>>,
     /// The spaces as they lie while the crossing is open.
     spaces: UnsafeCell<*const [Space]>,
+    failed: Mutex<MmapVec<Fault>>,
     /// Changed while the crossing is closed.
     on: AtomicBool,
     /// How often the crew was called or let go: members that sleep wait for a change of it.
@@ -103,7 +172,6 @@ unsafe impl Send for Crew {}
 const _: fn() = || {
     fn is_sync<T: Sync + Send>() {}
     is_sync::<Space>();
-    is_sync::<HandedOn>();
 };
 
 impl Crew {
@@ -117,23 +185,30 @@ impl Crew {
         let failed = Error::sys("epoll or eventfd for threads that answer faults");
         // Without members nobody rings.
         let bell = if members > 0 { Some(Bell::new().map_err(&failed)?) } else { None };
-        let mut reading = MmapVec::new();
-        reading.try_reserve(HANDED_ON).map_err(Error::sys("mmap for threads that answer faults"))?;
+        let mut unfilled = MmapVec::new();
+        unfilled.try_reserve(FAILED).map_err(Error::sys("mmap for threads that answer faults"))?;
         let member = |_| {
             let epoll = EpollFd::open().map_err(&failed)?;
             if let Some(bell) = &bell {
                 epoll.0.add(bell, EpollEvent::new(EpollFlags::EPOLLIN, BELL_TOKEN)).map_err(&failed)?;
             }
-            let (cpu, answered, thread) = (AtomicI32::new(NOWHERE), AtomicU64::new(0), AtomicI32::new(0));
-            Ok(Member { epoll, cpu, answered, thread })
+            Ok(Member {
+                epoll,
+                cpu: AtomicI32::new(NOWHERE),
+                answered: AtomicU64::new(0),
+                turn: AtomicU32::new(0),
+                thread: AtomicI32::new(0),
+                is_back: AtomicBool::new(false),
+                seen: Default::default(),
+            })
         };
         let members = (0..members).map(member).collect::<Result<_>>()?;
         Ok(Arc::new(Crew {
             shared: Arc::clone(shared),
             fault_around,
             crossing: Crossing::new(),
-            reading: Mutex::new(reading),
             spaces: UnsafeCell::new(std::ptr::slice_from_raw_parts(std::ptr::null(), 0)),
+            failed: Mutex::new(unfilled),
             on: AtomicBool::new(false),
             calls: AtomicU32::new(0),
             over: AtomicBool::new(false),
@@ -186,23 +261,19 @@ impl Crew {
         spaces.binary_search_by_key(&id, |space| space.id).ok().map(|index| &spaces[index])
     }
 
-    /// Becomes the one who reads.
-    pub(super) fn reading(&self) -> MutexGuard<'_, MmapVec<HandedOn>> {
-        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Tells the owner that something was left aside.
+    pub(super) fn ring_for_the_owner(&self) {
+        self.owner_bell.ring();
     }
 
-    /// Hands something on to the owner; gives it back if there is no place.
-    pub(super) fn hand_on(&self, reading: &mut MmapVec<HandedOn>, what: HandedOn) -> std::result::Result<(), HandedOn> {
-        if reading.len() >= HANDED_ON {
-            return Err(what);
-        }
-        let first = reading.is_empty();
-        // There is room: reserved at the start.
-        let _ = reading.try_push(what);
-        if first {
-            self.owner_bell.ring();
-        }
-        Ok(())
+    /// Leaves a fault to the owner; `false` if there is no place.
+    pub(super) fn leave(&self, fault: Fault) -> bool {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        // There is room for so many: reserved at the start.
+        let left = failed.len() < FAILED && failed.try_push(fault).is_ok();
+        drop(failed);
+        self.owner_bell.ring();
+        left
     }
 
     #[cfg(test)]
@@ -237,68 +308,91 @@ impl Crew {
         self.crossing.open();
     }
 
-    /// Waits until no member is reading, looking up or filling.
-    pub(crate) fn close(&self) {
-        self.crossing.close();
+    /// Waits until no member is reading, looking up or filling; tells whether one had to be called forward for that.
+    pub(crate) fn close(&self) -> bool {
+        let mut called = false;
+        self.crossing.close_with(PATIENCE, || called = self.call_forward());
+        called
     }
 
-    /// Takes what was handed on first.
-    pub(crate) fn take(&self) -> Option<HandedOn> {
-        let mut reading = self.reading();
-        (!reading.is_empty()).then(|| reading.remove(0))
+    /// Gives every member the processor like any other thread.
+    fn call_forward(&self) -> bool {
+        self.members.iter().filter(|member| member.step(false)).count() > 0
     }
 
-    /// Calls members to some processors, at most one for each; the crossing is closed. If a userfaultfd can't be waited
-    /// for there, nobody is called.
-    pub(crate) fn call(&self, cpus: &[i32], spaces: &[Space]) -> std::result::Result<(), Errno> {
-        let watched = spaces.iter().try_for_each(|space| match &space.uffd {
-            Some(uffd) => self.watch(uffd, space.id),
-            None => Ok(()),
-        });
-        if let Err(errno) = watched {
-            self.unwatch_all(spaces);
-            return Err(errno);
-        }
-        self.direct(cpus);
+    /// Takes a fault that a member could not fill.
+    pub(crate) fn take_failed(&self) -> Option<Fault> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        (!failed.is_empty()).then(|| failed.remove(0))
+    }
+
+    /// Calls members to their places; `back`: they are to step back there. The crossing is closed. If a userfaultfd can't
+    /// be waited for, nobody is called.
+    pub(crate) fn call(&self, roster: &Roster, spaces: &[Space], back: bool) -> std::result::Result<(), Errno> {
         self.bell.iter().for_each(Bell::hear);
+        self.direct(&Roster::EMPTY, roster, spaces, back)?;
         self.on.store(true, Ordering::Relaxed);
         self.wake_up();
         Ok(())
     }
 
-    /// Has the members be on other processors.
-    pub(crate) fn direct(&self, cpus: &[i32]) {
-        let cpus = cpus.iter().copied().chain(std::iter::repeat(NOWHERE));
+    /// Has the members be in other places, as [`Crew::call`].
+    pub(crate) fn direct(
+        &self,
+        from: &Roster,
+        to: &Roster,
+        spaces: &[Space],
+        back: bool,
+    ) -> std::result::Result<(), Errno> {
+        self.wait_no_more(from, spaces);
+        let waiting = spaces.iter().try_for_each(|space| self.wait_for(to, space));
+        if let Err(errno) = waiting {
+            self.wait_no_more(to, spaces);
+            return Err(errno);
+        }
+        let cpus = to.posts().iter().map(|post| post.cpu).chain(std::iter::repeat(NOWHERE));
         for (member, cpu) in self.members.iter().zip(cpus) {
             member.cpu.store(cpu, Ordering::Release);
+            member.step(back && cpu != NOWHERE);
         }
         self.wake_up();
+        Ok(())
     }
 
-    /// Sends the members to sleep; the crossing is closed, and what was handed on taken.
-    pub(crate) fn let_go(&self, spaces: &[Space]) {
+    /// Sends the members to sleep; the crossing is closed, and what was left aside taken.
+    pub(crate) fn let_go(&self, roster: &Roster, spaces: &[Space]) {
         self.on.store(false, Ordering::Relaxed);
         self.bell.iter().for_each(Bell::ring);
-        self.unwatch_all(spaces);
+        self.wait_no_more(roster, spaces);
+        self.call_forward();
         self.crossing.open();
     }
 
-    /// Has the members wait for a space too.
-    pub(crate) fn watch(&self, uffd: &Private<Userfault>, space: SpaceId) -> std::result::Result<(), Errno> {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, space);
-        self.members.iter().try_for_each(|member| member.epoll.0.add(uffd, event))
+    /// Has members wait for a space.
+    pub(crate) fn wait_for(&self, roster: &Roster, space: &Space) -> std::result::Result<(), Errno> {
+        let (waiters, Some(uffd)) = (roster.waiters(space.id), &space.uffd) else { return Ok(()) };
+        let token = if waiters == 1 { space.id | ALONE } else { space.id };
+        for (post, member) in self.members.iter().enumerate() {
+            if roster.waits_at(post, space.id) {
+                member.epoll.0.add(&**uffd, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            }
+        }
+        Ok(())
     }
 
-    /// Has the members wait for a space no longer.
-    pub(crate) fn unwatch(&self, uffd: &Private<Userfault>) {
-        for member in &self.members {
-            // It may not have been watched.
-            let _ = member.epoll.0.delete(uffd);
+    /// Has nobody wait for a space any more.
+    pub(crate) fn wait_no_more_for(&self, roster: &Roster, space: &Space) {
+        let Some(uffd) = &space.uffd else { return };
+        for (post, member) in self.members.iter().enumerate() {
+            if roster.waits_at(post, space.id) {
+                // It may not have come to waiting for it.
+                let _ = member.epoll.0.delete(&**uffd);
+            }
         }
     }
 
-    fn unwatch_all(&self, spaces: &[Space]) {
-        spaces.iter().filter_map(|space| space.uffd.as_ref()).for_each(|uffd| self.unwatch(uffd));
+    fn wait_no_more(&self, roster: &Roster, spaces: &[Space]) {
+        spaces.iter().for_each(|space| self.wait_no_more_for(roster, space));
     }
 
     fn wake_up(&self) {
@@ -314,6 +408,7 @@ impl Crew {
         self.over.store(true, Ordering::Release);
         self.on.store(false, Ordering::Relaxed);
         self.bell.iter().for_each(Bell::ring);
+        self.call_forward();
         self.crossing.open();
         self.wake_up();
     }

@@ -1,109 +1,100 @@
-//! When the crew is called, and to which processors: a few words of bookkeeping for each fault, and rarely a look.
+//! When the crew is called, and to which places: a few words of bookkeeping for each fault, and rarely a look.
 
 use std::sync::atomic::Ordering;
 
-use nix::sched::sched_getaffinity;
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::Pid;
 
-use super::crew::{Crew, HANDLERS_MAX};
-use super::whereabouts;
-use crate::space::{OWN_SPACE, SpaceId};
+use super::crew::{Crew, HANDLERS_MAX, Member, REMEMBERED};
+use super::crew_roster::Roster;
+use crate::space::SpaceId;
 
 /// Threads that are remembered.
 const THREADS: usize = 4;
+/// A space and a thread of which there is none.
+const NOBODY: (SpaceId, i32) = (0, 0);
+/// Threads that the owner and all members remember.
+const THREADS_OF_ALL: usize = THREADS + HANDLERS_MAX * REMEMBERED;
 /// How often another thread than the last must fault before it is looked where they are.
 const SWITCHES: u32 = 32;
 /// The same, at the most: each look that finds them on one processor doubles it.
 const MOST_SWITCHES: u32 = 4096;
 /// Switches that took longer don't count, in milliseconds.
 const SOON_MS: i64 = 100;
+/// How soon the owner looks after a crew that was called, and how late at the latest, in milliseconds.
+const TICKS_MS: (u16, u16) = (5, 40);
 /// How often it is looked whether the crew is still needed, in milliseconds.
-pub(crate) const REVIEW_MS: u16 = 50;
+const REVIEW_MS: i64 = 20;
 /// A crew of which only one member answers more than one fault in so many is not needed.
 const SHARE: u64 = 16;
-/// A crew that hands on more than one message in so many is not of use.
-const MOST_HANDED_ON: u64 = 4;
-/// How long it is not called after that, in milliseconds.
-const REST_MS: i64 = 1000;
-
-/// Processors, as many as there are members at the most.
-pub(crate) struct Cpus {
-    cpus: [i32; HANDLERS_MAX],
-    len: usize,
-}
-
-impl Cpus {
-    const NONE: Cpus = Cpus { cpus: [0; HANDLERS_MAX], len: 0 };
-
-    /// Where threads are. One that can't be found is nowhere.
-    fn of(threads: impl Iterator<Item = i32>) -> Cpus {
-        let mut found = Cpus::NONE;
-        for cpu in threads.filter(|&thread| thread != 0).filter_map(whereabouts::of) {
-            found.push(cpu as i32);
-        }
-        found
-    }
-
-    /// The processors on which this thread may run.
-    fn allowed() -> Cpus {
-        let mut found = Cpus::NONE;
-        if let Ok(set) = sched_getaffinity(Pid::from_raw(0)) {
-            let allowed = (0..nix::sched::CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap_or(false));
-            allowed.for_each(|cpu| found.push(cpu as i32));
-        }
-        found
-    }
-
-    fn push(&mut self, cpu: i32) {
-        if self.len < HANDLERS_MAX && !self.as_slice().contains(&cpu) {
-            self.cpus[self.len] = cpu;
-            self.len += 1;
-        }
-    }
-
-    pub(crate) fn as_slice(&self) -> &[i32] {
-        &self.cpus[..self.len]
-    }
-}
+/// A crew that leaves aside more than one message in so many is not of use.
+const MOST_ASIDE: u64 = 4;
+/// Members that answer less than this between two looks of the owner, which itself finds faults, don't get a processor.
+const FEW: u64 = 50;
+/// How often in a row that, or a member that does not get on, may be found.
+const STRIKES: u32 = 2;
+/// How long the crew is not called after it was of no use, in milliseconds: twice as long each time, up to the second.
+const REST_MS: (i64, i64) = (1_000, 64_000);
 
 /// What shall become of a crew that was called.
+#[allow(clippy::large_enum_variant, reason = "a box would be allocated")]
 pub(crate) enum Review {
     GoOn,
-    /// Other processors.
-    Direct(Cpus),
+    /// Other places.
+    Direct(Roster),
     LetGo,
 }
 
-/// Decides when the crew is called.
+/// Decides when the crew is called, and knows where it is.
 pub(crate) struct Caller {
     /// The crew is to be on all the time.
     always: bool,
-    /// The space that is looked at, and those of its threads that faulted last, the last one first.
-    space: SpaceId,
-    threads: [i32; THREADS],
+    /// Where members may be.
+    allowed: Roster,
+    /// Where the crew is.
+    roster: Roster,
+    /// The threads that faulted last, the last one first.
+    threads: [(SpaceId, i32); THREADS],
     switches: u32,
     switches_before_a_look: u32,
     since_ms: i64,
+    looked_ms: i64,
     /// Not before then.
     rest_until_ms: i64,
-    /// What each member had answered when it was looked last.
+    rest_ms: i64,
+    /// What each member had answered at the last review.
     answered: [u64; HANDLERS_MAX],
-    handed_on: u64,
+    /// What all had answered at the owner's last look.
+    answered_before_tick: u64,
+    /// Each member's turn at the owner's last look.
+    turns: [u32; HANDLERS_MAX],
+    /// How long until the owner looks after the members the next time, in milliseconds.
+    tick_ms: u16,
+    aside: u64,
+    strikes: u32,
+    /// Reviews in a row that found one member to answer all.
+    strikes_of_one: u32,
 }
 
 impl Caller {
     pub(crate) fn new(always: bool) -> Caller {
         Caller {
             always,
-            space: OWN_SPACE,
-            threads: [0; THREADS],
+            allowed: Roster::everywhere(),
+            roster: Roster::EMPTY,
+            threads: [NOBODY; THREADS],
             switches: 0,
             switches_before_a_look: SWITCHES,
             since_ms: 0,
+            looked_ms: 0,
             rest_until_ms: 0,
+            rest_ms: REST_MS.0,
             answered: [0; HANDLERS_MAX],
-            handed_on: 0,
+            answered_before_tick: 0,
+            turns: [0; HANDLERS_MAX],
+            tick_ms: TICKS_MS.0,
+            aside: 0,
+            strikes: 0,
+            strikes_of_one: 0,
         }
     }
 
@@ -112,27 +103,35 @@ impl Caller {
         self.always
     }
 
+    /// How long the owner may sleep before it looks after the members, in milliseconds; `None` is for ever.
+    ///
+    /// Soon when they have just been called, and later as long as they get on: each look is a thread more that wants a
+    /// processor, for which the scheduler may put a thread that faults beside another.
+    pub(crate) fn tick_ms(&self) -> Option<u16> {
+        (!self.always).then_some(self.tick_ms)
+    }
+
+    /// Where the crew is.
+    pub(crate) fn roster(&self) -> &Roster {
+        &self.roster
+    }
+
     /// Where to call the crew at the start, if it is to be on all the time.
-    pub(crate) fn at_start(&self) -> Option<Cpus> {
-        self.always.then(Cpus::allowed)
+    pub(crate) fn at_start(&self) -> Option<Roster> {
+        self.always.then_some(self.allowed)
     }
 
     /// Notes a fault that the owner answered; answers where to call the crew, if it should.
-    ///
-    /// Only threads of one space count: members that wait for several spaces take each other's faults, and wake threads on
-    /// other processors than their own, which costs more than is won.
-    pub(crate) fn saw(&mut self, space: SpaceId, thread: i32) -> Option<Cpus> {
-        if thread == self.threads[0] || thread == 0 {
+    pub(crate) fn saw(&mut self, space: SpaceId, thread: i32, crew: &Crew) -> Option<Roster> {
+        let seen = (space, thread);
+        if seen == self.threads[0] || thread == 0 {
             return None;
         }
-        if space != self.space {
-            (self.space, self.threads, self.switches) = (space, [0; THREADS], 0);
-        }
-        let known = self.threads.iter().position(|&known| known == thread).unwrap_or(THREADS - 1);
+        let known = self.threads.iter().position(|&known| known == seen).unwrap_or(THREADS - 1);
         self.threads[..=known].rotate_right(1);
-        self.threads[0] = thread;
+        self.threads[0] = seen;
         self.switches += 1;
-        if self.switches < self.switches_before_a_look {
+        if self.switches < self.switches_before_a_look || crew.is_on() {
             return None;
         }
         self.switches = 0;
@@ -141,33 +140,82 @@ impl Caller {
         if pause > SOON_MS || now < self.rest_until_ms {
             return None;
         }
-        let cpus = Cpus::of(self.threads.into_iter());
-        if cpus.len < 2 {
+        let threads = std::mem::replace(&mut self.threads, [NOBODY; THREADS]);
+        let nr_threads = threads.iter().position(|&seen| seen == NOBODY).unwrap_or(THREADS);
+        let roster = Roster::of(&threads[..nr_threads], &self.allowed, crew.members.len());
+        if roster.posts().len() < 2 {
             self.switches_before_a_look = (self.switches_before_a_look * 2).min(MOST_SWITCHES);
             return None;
         }
         self.switches_before_a_look = SWITCHES;
-        Some(cpus)
+        Some(roster)
     }
 
-    /// Notes that the crew was called.
-    pub(crate) fn called(&mut self, crew: &Crew) {
+    /// Notes that the crew was called to these places, or sent there.
+    pub(crate) fn called(&mut self, roster: Roster, crew: &Crew) {
+        self.roster = roster;
+        self.tick_ms = TICKS_MS.0;
         self.since_ms = now_ms();
-        self.handed_on = 0;
-        for (before, member) in self.answered.iter_mut().zip(&crew.members) {
-            *before = member.answered.load(Ordering::Relaxed);
+        self.looked_ms = self.since_ms;
+        (self.aside, self.strikes, self.strikes_of_one) = (0, 0, 0);
+        for (index, member) in crew.members.iter().enumerate() {
+            self.answered[index] = member.answered.load(Ordering::Relaxed);
+            self.turns[index] = member.turn.load(Ordering::Relaxed);
         }
+        self.answered_before_tick = self.answered.iter().sum();
+    }
+
+    /// Notes that the crew was let go; answers where it was.
+    pub(crate) fn let_go(&mut self) -> Roster {
+        std::mem::replace(&mut self.roster, Roster::EMPTY)
     }
 
     /// Notes that a member could not answer.
     pub(crate) fn took(&mut self) {
-        self.handed_on += 1;
+        self.aside += 1;
     }
 
-    /// Looks whether the crew is still needed, if it is time to.
-    pub(crate) fn review(&mut self, crew: &Crew) -> Review {
+    /// It is of no use to call the crew for a while.
+    fn rest(&mut self) -> Review {
+        self.rest_until_ms = now_ms() + self.rest_ms;
+        self.rest_ms = (self.rest_ms * 2).min(REST_MS.1);
+        Review::LetGo
+    }
+
+    /// Tells whether a member does not get on, to which it gives the processor; or whether all together do not, and the owner
+    /// `found` their faults.
+    fn are_hindered(&mut self, crew: &Crew, found: usize) -> bool {
+        let mut stuck = false;
+        for (before, member) in self.turns.iter_mut().zip(&crew.members) {
+            let turn = member.turn.load(Ordering::Relaxed);
+            if turn == std::mem::replace(before, turn) && turn % 2 == 1 {
+                stuck |= member.step(false);
+            }
+        }
+        let answered: u64 = crew.members.iter().map(|member| member.answered.load(Ordering::Relaxed)).sum();
+        let few = answered - std::mem::replace(&mut self.answered_before_tick, answered) < FEW;
+        stuck || (few && found > 0)
+    }
+
+    /// Looks after the members, the crossing being closed: whether they get a processor (`late`: one had to be called forward;
+    /// `found`: faults that none of them had read), and now and then whether they are still needed, and where.
+    pub(crate) fn review(&mut self, crew: &Crew, late: bool, found: usize) -> Review {
+        if self.always {
+            return Review::GoOn;
+        }
         let now = now_ms();
-        if self.always || now - self.since_ms < i64::from(REVIEW_MS) {
+        // The owner may have been woken by anything: what comes too soon after a look says nothing.
+        if late || now - self.looked_ms >= i64::from(TICKS_MS.0) {
+            self.looked_ms = now;
+            let hindered = self.are_hindered(crew, found) || late;
+            self.strikes = if hindered { self.strikes + 1 } else { 0 };
+            let calm = !hindered && !self.roster.crowded;
+            self.tick_ms = if calm { (self.tick_ms * 2).min(TICKS_MS.1) } else { TICKS_MS.0 };
+        }
+        if self.strikes >= STRIKES {
+            return self.rest();
+        }
+        if now - self.since_ms < REVIEW_MS {
             return Review::GoOn;
         }
         self.since_ms = now;
@@ -177,19 +225,29 @@ impl Caller {
             answers[index] = answered - std::mem::replace(&mut self.answered[index], answered);
         }
         let all: u64 = answers.iter().sum();
-        let handed_on = std::mem::take(&mut self.handed_on);
-        if handed_on * MOST_HANDED_ON > all {
-            self.rest_until_ms = now + REST_MS;
-            return Review::LetGo;
+        if std::mem::take(&mut self.aside) * MOST_ASIDE > all {
+            return self.rest();
+        }
+        let of_owner = std::mem::replace(&mut self.threads, [NOBODY; THREADS]).into_iter();
+        let mut threads = [NOBODY; THREADS_OF_ALL];
+        let mut nr_threads = 0;
+        for seen in crew.members.iter().flat_map(Member::forget_seen).chain(of_owner) {
+            if seen != NOBODY && !threads[..nr_threads].contains(&seen) {
+                threads[nr_threads] = seen;
+                nr_threads += 1;
+            }
         }
         let busy = answers.iter().filter(|&&answers| answers * SHARE > all).count();
-        let threads = crew.members.iter().map(|member| member.thread.load(Ordering::Relaxed));
-        let cpus = Cpus::of(threads);
-        if busy < 2 || cpus.len < 2 {
+        let roster = Roster::of(&threads[..nr_threads], &self.allowed, crew.members.len());
+        if all == 0 || roster.posts().len() < 2 {
             return Review::LetGo;
         }
-        let there = |cpu: &i32| crew.members.iter().any(|member| member.cpu.load(Ordering::Relaxed) == *cpu);
-        if cpus.as_slice().iter().all(there) { Review::GoOn } else { Review::Direct(cpus) }
+        self.strikes_of_one = if busy < 2 { self.strikes_of_one + 1 } else { 0 };
+        if self.strikes_of_one >= STRIKES {
+            return self.rest();
+        }
+        self.rest_ms = REST_MS.0;
+        if roster == self.roster { Review::GoOn } else { Review::Direct(roster) }
     }
 }
 

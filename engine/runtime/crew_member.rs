@@ -1,39 +1,45 @@
 //! A member of the [`Crew`]: reads a message, and answers it if that is simple.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
-use nix::unistd::Pid;
+use nix::unistd::gettid;
 
-use super::crew::{BELL_TOKEN, Crew, HandedOn, Member};
+use super::crew::{ALONE, BELL_TOKEN, Crew, Member};
+use super::crossing::Inside;
 use super::fault::Fault;
+use super::placement::move_to;
 use super::plan::{Plan, plan};
 use crate::page::{page_floor, page_size};
+use crate::process::ledger::Private;
 use crate::space::table::Area;
-use crate::space::{Space, SpaceId, Target};
+use crate::space::{Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
-use crate::sys::{FaultKind, Message, MsgBuffer, Stop, Userfault};
+use crate::sys::{FaultKind, Install, Message, MsgBuffer, Stop, Userfault};
 use crate::vmap::residency::Residency;
 use crate::vmap::window::Window;
 
+/// Faults of one space that are answered without a look at the others.
+const TURNS_WITHOUT_A_LOOK: u32 = 16;
+
 /// The body of a member's thread.
 pub(crate) fn run(crew: &Crew, index: usize) {
+    let member = &crew.members[index];
+    member.thread.store(gettid().as_raw(), Ordering::Relaxed);
     let held = Cell::new(None);
-    if catch_unwind(AssertUnwindSafe(|| serve(crew, &crew.members[index], &held))).is_ok() {
+    if catch_unwind(AssertUnwindSafe(|| serve(crew, member, &held))).is_ok() {
         return;
     }
     // A bug of ours, which must not let a thread sleep for ever: the owner answers all from here on.
     add(&crew.shared.counters.panics, 1);
     crew.breaks();
-    while let Some(fault) = held.take() {
-        let mut reading = crew.reading();
-        if crew.hand_on(&mut reading, HandedOn::Failed(fault)).is_err() {
-            drop(reading);
-            held.set(Some(fault));
+    if let Some(fault) = held.take() {
+        while !crew.leave(fault) {
             std::thread::yield_now();
         }
     }
@@ -42,113 +48,150 @@ pub(crate) fn run(crew: &Crew, index: usize) {
 fn serve(crew: &Crew, member: &Member, held: &Cell<Option<Fault>>) {
     let mut message = MsgBuffer::new(1);
     let mut ready = [EpollEvent::empty(); 8];
-    let mut place = None;
     while let Some(cpu) = crew.sleep(member) {
-        if place != Some(cpu) {
-            go_to(cpu);
-            place = Some(cpu);
-        }
+        // If it is not allowed there, any will do.
+        move_to(cpu as usize);
         while crew.is_on() && member.cpu.load(Ordering::Relaxed) == cpu {
             let woken = member.epoll.0.wait(&mut ready, EpollTimeout::NONE).unwrap_or(0);
-            for event in ready[..woken].iter().filter(|event| event.data() != BELL_TOKEN) {
-                serve_one(crew, member, event.data(), &mut message, held);
+            for token in ready[..woken].iter().map(EpollEvent::data).filter(|&token| token != BELL_TOKEN) {
+                // A thread that faults without a pause has faulted again by the time it has been answered.
+                let answered =
+                    (0..TURNS_WITHOUT_A_LOOK).take_while(|_| serve_one(crew, member, token, &mut message, held));
+                answered.for_each(drop);
             }
         }
     }
 }
 
-/// Goes to a processor. If it is not allowed there, any will do.
-fn go_to(cpu: i32) {
-    let mut set = CpuSet::new();
-    let _ = set.set(cpu as usize).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+/// Reads one message of a space, and answers it or leaves it to the owner; tells whether it answered one.
+fn serve_one(crew: &Crew, member: &Member, token: u64, buffer: &mut MsgBuffer, held: &Cell<Option<Fault>>) -> bool {
+    let Some(inside) = crew.enter() else { return false };
+    let read = read_one(crew, member, token, buffer, held, &inside);
+    // The thread that is woken may take the processor from this one for as long as it likes: nobody may wait for it then.
+    drop(inside);
+    match read {
+        Read::Nothing => false,
+        Read::Aside => {
+            // The owner has been rung: it needs a processor.
+            std::thread::yield_now();
+            false
+        }
+        Read::Fault { fault, filled, uffd, range } => {
+            // Where a fault is not filled, events may have been read since: it is old news. If there is no place for it, its
+            // thread faults again, and its new message waits in the kernel.
+            if filled || !crew.leave(Fault { retries: 1, ..fault }) {
+                add(&crew.shared.counters.wakes, 1);
+                // It can only fail for a range that no process could have.
+                let _ = uffd.wake(range.start, range.end - range.start);
+            }
+            held.set(None);
+            member.ends();
+            filled
+        }
+    }
 }
 
-/// Reads one message of a space, and answers it or hands it on.
-fn serve_one(crew: &Crew, member: &Member, id: SpaceId, buffer: &mut MsgBuffer, held: &Cell<Option<Fault>>) {
-    let Some(inside) = crew.enter() else { return };
-    let Some((space, uffd)) = crew.space(id, &inside).and_then(|space| Some((space, space.uffd.as_ref()?))) else {
-        return;
+/// What came of a read.
+enum Read {
+    Nothing,
+    /// Something is left aside for the owner.
+    Aside,
+    /// The pages of `range` were filled, or the wanted one among them could not be.
+    Fault {
+        fault: Fault,
+        filled: bool,
+        uffd: Arc<Private<Userfault>>,
+        range: Range<usize>,
+    },
+}
+
+fn read_one(
+    crew: &Crew,
+    member: &Member,
+    token: u64,
+    buffer: &mut MsgBuffer,
+    held: &Cell<Option<Fault>>,
+    inside: &Inside<'_>,
+) -> Read {
+    let (id, is_alone) = (token & !ALONE, token & ALONE != 0);
+    let Some((space, uffd)) = crew.space(id, inside).and_then(|space| Some((space, space.uffd.as_ref()?))) else {
+        return Read::Nothing;
     };
-    let mut reading = crew.reading();
-    if reading.len() >= super::crew::HANDED_ON {
-        // The owner has been rung: it needs a processor.
-        drop((reading, inside));
-        return std::thread::yield_now();
+    let mut aside = space.aside.lock().unwrap_or_else(PoisonError::into_inner);
+    if aside.is_some() {
+        return Read::Aside;
     }
     let mut read = None;
     let _ = uffd.read(buffer, |message| read = Some(message));
-    let Some(message) = read else { return };
-    add(&crew.shared.counters.reads, 1);
-    let Message::Fault { addr, write, kind: FaultKind::Missing, tid } = message else {
-        let _ = crew.hand_on(&mut reading, HandedOn::Message(id, message));
-        return;
+    let Some(message) = read else { return Read::Nothing };
+    let counters = &crew.shared.counters;
+    add(&counters.reads, 1);
+    let fault = match message {
+        Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
+            let (addr, since) = (page_floor(addr), Moment::now());
+            Some(Fault { space: id, addr, tid, write, since, retries: 0, starved: 0, alone: false })
+        }
+        _ => None,
     };
-    let fault = Fault {
-        space: id,
-        addr: page_floor(addr),
-        tid,
-        write,
-        since: Moment::now(),
-        retries: 0,
-        starved: 0,
-        alone: false,
+    let simple = fault.and_then(|fault| Some((fault, Fill::of(crew, space, uffd, &fault, is_alone)?)));
+    let Some((fault, fill)) = simple else {
+        *aside = Some(message);
+        crew.ring_for_the_owner();
+        return Read::Aside;
     };
     held.set(Some(fault));
-    let fill = if reading.is_empty() { Fill::of(crew, space, uffd, &fault) } else { None };
-    let Some(fill) = fill else {
-        let _ = crew.hand_on(&mut reading, HandedOn::Message(id, message));
-        held.set(None);
-        return;
-    };
-    drop(reading);
+    member.begins();
+    // Where others may read as soon as this thread lets them, nothing is installed at an address.
+    let _nobody_reads = is_alone.then_some(aside);
     #[cfg(test)]
     crew.panic_if_asked();
-    let counters = &crew.shared.counters;
     add(&counters.faults, 1);
-    if write {
+    add(&space.counters.faults, 1);
+    if fault.write {
         add(&counters.write_faults, 1);
     }
-    add(&space.counters.faults, 1);
-    fill.plan.count(counters, fill.area, write);
-    if fill.run() {
+    fill.plan.count(counters, fill.area, fault.write);
+    let filled = fill.run();
+    if filled {
         crew.shared.latency.record(fault.since);
         member.answered.fetch_add(1, Ordering::Relaxed);
-        member.thread.store(tid, Ordering::Relaxed);
-    } else {
-        // Events may have been read since: it is old news.
-        let failed = HandedOn::Failed(Fault { retries: 1, ..fault });
-        if crew.hand_on(&mut crew.reading(), failed).is_err() {
-            // No place: the thread faults again, and its new message waits in the kernel.
-            fill.wake();
-        }
+        member.saw(id, fault.tid, inside);
     }
-    held.set(None);
+    Read::Fault { fault, filled, uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
 }
 
 /// What answers a simple fault.
 struct Fill<'a> {
     crew: &'a Crew,
     space: &'a Space,
-    uffd: &'a Userfault,
-    window: &'a Window,
     area: &'a Area<Target>,
     plan: Plan,
+    way: Way<'a>,
     /// The page that is waited for.
     wanted: u64,
-    pages: std::ops::Range<u64>,
+    pages: Range<u64>,
     /// Where the bytes of the first page are; `None` for zeros.
     src: Option<*const u8>,
 }
 
+/// Where pages are put.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// Where they are missing: nobody else reads from the space meanwhile.
+    There(&'a Userfault),
+    /// In the vmap, which the thread that touches then maps by itself.
+    Aside(&'a Window),
+}
+
 impl<'a> Fill<'a> {
     /// Looks a fault up; `None` if it is not simple.
-    fn of(crew: &'a Crew, space: &'a Space, uffd: &'a Userfault, fault: &Fault) -> Option<Fill<'a>> {
+    fn of(crew: &'a Crew, space: &'a Space, uffd: &'a Userfault, fault: &Fault, is_alone: bool) -> Option<Fill<'a>> {
         let area = space.table.find(fault.addr)?;
         if area.target.page.is_huge() || area.target.vmap.residency != Residency::Swappable {
             // Huge pages are not simple. What is filled aside is locked when it is touched; what is installed is at once.
             return None;
         }
-        let window = area.target.window.as_deref()?;
+        let way = if is_alone { Way::There(uffd) } else { Way::Aside(area.target.window.as_deref()?) };
         let wanted = area.pgoff_of(fault.addr);
         let plan = plan(crew.fault_around, area, wanted);
         let (pages, src) = match &plan {
@@ -156,27 +199,41 @@ impl<'a> Fill<'a> {
             Plan::Zero { pages } => (pages.clone(), None),
             Plan::Read { .. } | Plan::Sigbus => return None,
         };
-        Some(Fill { crew, space, uffd, window, area, wanted, plan, pages, src })
+        Some(Fill { crew, space, area, plan, way, wanted, pages, src })
     }
 
-    /// Fills the pages and wakes who waits for them; answers `false` if the wanted page could not be filled.
-    fn run(&self) -> bool {
+    /// Where the first page is missing.
+    fn start(&self) -> usize {
+        self.area.start + (self.pages.start - self.area.pgoff) as usize * page_size()
+    }
+
+    fn bytes(&self) -> usize {
+        (self.pages.end - self.pages.start) as usize * page_size()
+    }
+
+    /// Installs pages up to `end`, and wakes nobody.
+    fn install(&self, pgoff: u64, end: u64) -> Install {
         let page = page_size();
+        let (skipped, len) = ((pgoff - self.pages.start) as usize * page, (end - pgoff) as usize * page);
+        let src = self.src.map(|src| src.wrapping_add(skipped));
+        match (self.way, src) {
+            // SAFETY: the list holds these pages from `src` on. It is that of an area, which the owner does not take out
+            // while this thread is inside; no thread holds a reference to a page that is missing.
+            (Way::There(uffd), Some(src)) => unsafe { uffd.copy_unheard(self.start() + skipped, src, len) },
+            (Way::There(uffd), None) => uffd.zeropage_unheard(self.start() + skipped, len),
+            // SAFETY: as above; the window is the vmap's alone.
+            (Way::Aside(window), Some(src)) => unsafe { window.copy(pgoff, src, len) },
+            (Way::Aside(window), None) => window.zeropage(pgoff, len),
+        }
+    }
+
+    /// Fills the pages; answers `false` if the wanted page could not be filled.
+    fn run(&self) -> bool {
         let mut pgoff = self.pages.start;
         let mut alone = false;
         while pgoff < self.pages.end {
-            let end = if alone { pgoff + 1 } else { self.pages.end };
-            let len = (end - pgoff) as usize * page;
-            let install = match self.src {
-                Some(src) => {
-                    let src = src.wrapping_add((pgoff - self.pages.start) as usize * page);
-                    // SAFETY: the list holds these pages from `src` on. It is that of an area, which the owner does not
-                    // take out while this thread is inside.
-                    unsafe { self.window.copy(pgoff, src, len) }
-                }
-                None => self.window.zeropage(pgoff, len),
-            };
-            let filled = (install.bytes / page) as u64;
+            let install = self.install(pgoff, if alone { pgoff + 1 } else { self.pages.end });
+            let filled = (install.bytes / page_size()) as u64;
             self.count(filled);
             pgoff += filled;
             match install.stop {
@@ -199,7 +256,6 @@ impl<'a> Fill<'a> {
                 Some(_) => return false,
             }
         }
-        self.wake();
         true
     }
 
@@ -214,15 +270,6 @@ impl<'a> Fill<'a> {
         };
         counters.into_iter().for_each(|counter| add(counter, pages));
         add(&self.space.counters.pages, pages);
-    }
-
-    /// Wakes whoever waits for one of the pages; they touch again.
-    fn wake(&self) {
-        let page = page_size();
-        let start = self.area.start + (self.pages.start - self.area.pgoff) as usize * page;
-        add(&self.crew.shared.counters.wakes, 1);
-        // It can only fail for a range that no process could have.
-        let _ = self.uffd.wake(start, (self.pages.end - self.pages.start) as usize * page);
     }
 }
 

@@ -6,6 +6,9 @@
 //! must not wait for the thread that closes.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::time::TimeSpec;
 
 /// The crossing is closed, or somebody waits until it is empty.
 const CLOSED: u32 = 1 << 31;
@@ -43,21 +46,35 @@ impl Crossing {
                 looks += 1;
                 std::hint::spin_loop();
             } else if state & SLEEPERS != 0 || self.exchange(state, state | SLEEPERS) {
-                self.sleep(state | SLEEPERS);
+                self.sleep(state | SLEEPERS, None);
             }
         }
     }
 
     /// Closes the crossing and waits until nobody is inside. Done by one thread, which is not inside, and not twice.
     pub(crate) fn close(&self) {
+        self.close_with(Duration::MAX, || {});
+    }
+
+    /// As [`Crossing::close`]; if somebody is still inside after `patience`, does `late` and waits on.
+    pub(crate) fn close_with(&self, patience: Duration, late: impl FnOnce()) {
         let mut state = self.0.fetch_or(CLOSED, Ordering::Acquire) | CLOSED;
         let mut looks = 0;
+        let mut late = Some(late);
+        // Until when it is waited without being late.
+        let mut until = None;
         while state & INSIDE != 0 {
             if looks < LOOKS {
                 looks += 1;
                 std::hint::spin_loop();
+            } else if late.is_none() || patience == Duration::MAX {
+                self.sleep(state, None);
             } else {
-                self.sleep(state);
+                let until = *until.get_or_insert_with(|| Instant::now() + patience);
+                match until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                    Some(left) => self.sleep(state, Some(left)),
+                    None => late.take().into_iter().for_each(|late| late()),
+                }
             }
             state = self.0.load(Ordering::Acquire);
         }
@@ -83,17 +100,13 @@ impl Crossing {
         }
     }
 
-    /// Sleeps while the state is this one.
-    fn sleep(&self, state: u32) {
-        // SAFETY: the word outlives the call. A return for whatever reason is followed by a look at the word.
+    /// Sleeps while the state is this one, at most for so long.
+    fn sleep(&self, state: u32, most: Option<Duration>) {
+        let most = most.map(TimeSpec::from);
+        let most = most.as_ref().map_or(std::ptr::null(), |most| std::ptr::from_ref::<libc::timespec>(most.as_ref()));
+        // SAFETY: the word and the time outlive the call. A return for whatever reason is followed by a look at the word.
         unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.0.as_ptr(),
-                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                state,
-                std::ptr::null::<libc::timespec>(),
-            )
+            libc::syscall(libc::SYS_futex, self.0.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, state, most)
         };
     }
 

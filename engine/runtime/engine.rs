@@ -86,13 +86,16 @@ pub struct EngineBuilder {
     delivery: Delivery,
 }
 
+/// The most threads that answer faults, unless more are asked for.
+const HANDLERS_BY_DEFAULT: usize = 4;
+
 impl Default for EngineBuilder {
     fn default() -> Self {
         EngineBuilder {
             fault_around: FaultAround::default(),
             workers: 4,
             placement: Placement::default(),
-            handlers: 1,
+            handlers: default_handlers(),
             crew_always: false,
             ways: DEFAULT_WAYS.to_vec(),
             without: Features::empty(),
@@ -136,12 +139,13 @@ impl EngineBuilder {
         self
     }
 
-    /// Sets how many threads may answer faults at once, from 1 to [`HANDLERS_MAX`]; 1 unless set.
+    /// Sets how many threads may answer faults at once, from 1 to [`HANDLERS_MAX`]; as many as there are processors, at most
+    /// 4, unless set.
     ///
     /// With 1 there is the fault-handling thread alone. With more there are as many others beside it, each for a
-    /// processor, which sleep until threads of one process fault on several processors without a pause; then they answer
-    /// what lies in memory. It is of use where those threads are pinned: the scheduler tends to bring others together on
-    /// one processor, and nothing is won. It needs the feature `THREAD_ID` and `/proc`: without them they sleep on.
+    /// processor, which sleep until several threads, of one process or of several, fault without a pause; then they answer
+    /// what lies in memory. It needs the feature `THREAD_ID` and `/proc`: without them they sleep on. Where the process may,
+    /// they work with the policy SCHED_IDLE, as with [`Placement::Follow`].
     #[must_use]
     pub fn handlers(mut self, handlers: usize) -> Self {
         self.handlers = handlers;
@@ -352,6 +356,13 @@ impl EngineBuilder {
             shared.handler.close();
         })
     }
+}
+
+/// As many threads as there are processors, and few.
+///
+/// This is the process's affinity and its cgroup's share, as far as the standard library knows them.
+fn default_handlers() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get().min(HANDLERS_BY_DEFAULT))
 }
 
 fn opened(opener: &Opener, features: Features) -> Result<(Private<Userfault>, OpenWay)> {

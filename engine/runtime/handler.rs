@@ -4,8 +4,8 @@
 //! waking the thread that touched, it allocates nothing, takes no lock and logs nothing: another thread may hold the
 //! allocator's lock, or any other, while it waits for this one.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -16,8 +16,9 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
 use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadBuffer, ReadDone, ReadJob, Stray};
-use super::crew::{Crew, HANDED_ON, HandedOn};
-use super::crew_call::{Caller, Cpus, REVIEW_MS, Review};
+use super::crew::Crew;
+use super::crew_call::{Caller, Review};
+use super::crew_roster::Roster;
 use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::placement::{LONGEST_WAIT_MS, Placement, Placer};
@@ -82,7 +83,11 @@ pub(crate) struct Handler {
     crew: Arc<Crew>,
     caller: Caller,
     /// Where to call the crew at the end of this turn.
-    to_call: Option<Cpus>,
+    to_call: Option<Roster>,
+    /// A member of the crew had to be called forward for this turn.
+    late: bool,
+    /// Faults that this turn found and no member of the crew had read.
+    found: usize,
 }
 
 /// How far the end of a retired thread without areas is prepared.
@@ -139,6 +144,7 @@ impl Handler {
             masks: None,
             table: AreaTable::new(),
             counters: parts.counters,
+            aside: Mutex::new(None),
         };
         spaces.try_push(own).map_err(|(_, errno)| no_memory(errno))?;
         let caller = Caller::new(parts.crew_always);
@@ -179,6 +185,8 @@ impl Handler {
             busy: None,
             turns: 0,
             to_call: caller.at_start(),
+            late: false,
+            found: 0,
             crew: parts.crew,
             caller,
         })
@@ -243,10 +251,14 @@ impl Handler {
         if self.crew.is_on() {
             // The kernel tells faults before events, and members read one at a time: where more threads fault than there
             // are members, no event would ever be read.
+            let before = self.pending.len();
             for index in 0..self.spaces.len() {
                 let id = self.spaces[index].id;
-                self.read_space(id);
+                if self.caller.roster().waiters(id) > 0 {
+                    self.read_space(id);
+                }
             }
+            self.found = self.pending.len() - before;
         }
         let mut rung = false;
         let mut heard = 0;
@@ -303,12 +315,13 @@ impl Handler {
         woken
     }
 
-    /// Waits while the crew serves; no longer than until it is to be looked whether that is needed.
+    /// Waits while the crew serves, and looks after it now and then.
     fn wait_for_the_crew(&mut self, ready: &mut [EpollEvent], pause: EpollTimeout) -> usize {
-        let pause = if pause == EpollTimeout::NONE && !self.caller.is_always() { REVIEW_MS.into() } else { pause };
+        let tick = self.caller.tick_ms().map_or(EpollTimeout::NONE, EpollTimeout::from);
+        let pause = if pause == EpollTimeout::NONE { tick } else { pause };
         self.crew.open(&self.spaces);
         let woken = self.epoll.0.wait(ready, pause).unwrap_or(0);
-        self.crew.close();
+        self.late = self.crew.close();
         woken
     }
 
@@ -316,72 +329,93 @@ impl Handler {
     fn mind_the_crew(&mut self) {
         let unfit = self.retired || self.crew.is_broken();
         if !self.crew.is_on() {
-            if let Some(cpus) = self.to_call.take().filter(|_| !unfit && !self.crew.members.is_empty()) {
-                self.call_the_crew(&cpus);
+            if let Some(roster) = self.to_call.take().filter(|_| !unfit && !self.crew.members.is_empty()) {
+                self.call_the_crew(roster);
             }
-        } else if unfit || !self.has_room_for_the_crew() {
-            self.let_the_crew_go();
-        } else {
-            match self.caller.review(&self.crew) {
-                Review::GoOn => {}
-                Review::Direct(cpus) => self.crew.direct(cpus.as_slice()),
-                Review::LetGo => self.let_the_crew_go(),
+            return;
+        }
+        let (late, found) = (std::mem::take(&mut self.late), std::mem::take(&mut self.found));
+        if unfit || !self.has_room_for_the_crew() {
+            return self.let_the_crew_go();
+        }
+        match self.caller.review(&self.crew, late, found) {
+            Review::GoOn => {}
+            Review::LetGo => self.let_the_crew_go(),
+            Review::Direct(roster) => {
+                let from = *self.caller.roster();
+                self.listen(&from, EpollFlags::EPOLLIN);
+                if self.crew.direct(&from, &roster, &self.spaces, self.may_step_back(&roster)).is_err() {
+                    return self.let_the_crew_go();
+                }
+                self.listen(&roster, EpollFlags::empty());
+                self.caller.called(roster, &self.crew);
             }
         }
     }
 
-    fn call_the_crew(&mut self, cpus: &Cpus) {
+    fn call_the_crew(&mut self, roster: Roster) {
         // Members that were let go may look once more; nobody goes in any more until they are called.
         self.crew.close();
-        if !self.has_room_for_the_crew() || self.crew.call(cpus.as_slice(), &self.spaces).is_err() {
+        let back = self.may_step_back(&roster);
+        if !self.has_room_for_the_crew() || self.crew.call(&roster, &self.spaces, back).is_err() {
             return self.crew.open(&self.spaces);
         }
-        self.listen(EpollFlags::empty());
-        self.caller.called(&self.crew);
+        self.listen(&roster, EpollFlags::empty());
+        self.caller.called(roster, &self.crew);
         self.busy = None;
         // Where it followed a thread, a member is now.
         self.placer.stop();
     }
 
+    /// Tells whether members are to step back. As long as they don't, their processors are not taken for idle ones: threads
+    /// that are on one processor then come apart.
+    fn may_step_back(&self, roster: &Roster) -> bool {
+        !self.caller.is_always() && !roster.crowded && self.placer.may_step_back()
+    }
+
     fn let_the_crew_go(&mut self) {
         self.take_handed_on();
-        self.crew.let_go(&self.spaces);
+        let roster = self.caller.let_go();
+        self.crew.let_go(&roster, &self.spaces);
         self.to_call = None;
-        self.listen(EpollFlags::EPOLLIN);
+        self.listen(&roster, EpollFlags::EPOLLIN);
         self.answer_pending();
     }
 
-    /// Has epoll tell of the spaces' messages, or not.
-    fn listen(&self, flags: EpollFlags) {
+    /// Has epoll tell of the messages of spaces that the crew waits for by a roster, or not.
+    fn listen(&self, roster: &Roster, flags: EpollFlags) {
         for Space { id, uffd, .. } in &*self.spaces {
-            if let Some(uffd) = uffd {
+            if let Some(uffd) = uffd.as_ref().filter(|_| roster.waiters(*id) > 0) {
                 // It was added, and changing that takes no memory. If the application has closed it, nobody serves it.
                 let _ = self.epoll.0.modify(&**uffd, &mut EpollEvent::new(flags, *id));
             }
         }
     }
 
-    /// Makes room for what members may read before this thread takes it, as before a read of its own.
+    /// Makes room for what members may read before this thread takes it, as before a read of its own: a message of each space.
     fn has_room_for_the_crew(&mut self) -> bool {
-        let posts = self.spaces.iter().map(|space| space.table.len()).sum::<usize>() + 6 * HANDED_ON;
-        self.spaces.iter_mut().all(|space| space.table.try_reserve(4 * HANDED_ON).is_ok())
-            && self.unsent.try_reserve(posts).is_ok()
+        let posts = self.spaces.iter().map(|space| space.table.len() + 6).sum();
+        self.spaces.iter_mut().all(|space| space.table.try_reserve(4).is_ok()) && self.unsent.try_reserve(posts).is_ok()
     }
 
-    /// Takes what members have read and not answered, in the order of reading.
+    /// Takes what members have read and not answered.
     fn take_handed_on(&mut self) {
         if !self.crew.is_on() && !self.crew.is_broken() {
             return;
         }
-        while let Some(handed_on) = self.crew.take() {
-            self.caller.took();
-            match handed_on {
-                HandedOn::Message(space, message) => self.read_messages(space, Some(message)),
-                HandedOn::Failed(fault) => {
-                    // There is room: faults are answered before more are read.
-                    let _ = self.pending.try_push(fault);
-                }
+        for index in 0..self.spaces.len() {
+            let space = &mut self.spaces[index];
+            let id = space.id;
+            // Nobody is inside: nobody has it locked.
+            if let Some(message) = space.aside.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+                self.caller.took();
+                self.read_messages(id, Some(message));
             }
+        }
+        while let Some(failed) = self.crew.take_failed() {
+            self.caller.took();
+            // There is room: faults are answered before more are read.
+            let _ = self.pending.try_push(failed);
         }
     }
 
@@ -535,14 +569,13 @@ impl Handler {
             let fault = self.pending[index];
             self.answer(fault);
             // Where it would go, a member is.
-            if self.crew.is_on() {
-                continue;
+            if !self.crew.is_on() {
+                self.placer.saw(fault.tid);
             }
-            self.placer.saw(fault.tid);
             if !self.crew.members.is_empty()
-                && let cpus @ Some(_) = self.caller.saw(fault.space, fault.tid)
+                && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
             {
-                self.to_call = cpus;
+                self.to_call = roster;
             }
         }
         self.pending.clear();
@@ -828,16 +861,16 @@ impl Handler {
             Command::Adopt { space, uffd, masks, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
-                        let (on, flags) = (self.crew.is_on(), EpollFlags::EPOLLIN);
-                        let flags = if on { EpollFlags::empty() } else { flags };
+                        let crewed = self.crew.is_on() && self.caller.roster().waiters(space) > 0;
+                        let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
                         let added = self.epoll.0.add(&**uffd, EpollEvent::new(flags, space));
-                        let added = added.and_then(|()| if on { self.crew.watch(&uffd, space) } else { Ok(()) });
+                        let entry = &mut self.spaces[index];
+                        (entry.uffd, entry.masks) = (Some(uffd), masks);
+                        let added = added.and_then(|()| self.crew.wait_for(self.caller.roster(), entry));
                         if added.is_err() {
-                            let _ = self.epoll.0.delete(&**uffd);
-                            self.crew.unwatch(&uffd);
-                        } else {
-                            self.spaces[index].uffd = Some(uffd);
-                            self.spaces[index].masks = masks;
+                            self.deafen(index);
+                            self.spaces[index].uffd = None;
+                            self.spaces[index].masks = None;
                         }
                         added
                     }
@@ -930,7 +963,8 @@ impl Handler {
             area.target.vmap.open_again();
         }
         child.areas.store(nr_areas as u64, Ordering::Relaxed);
-        let space = Space { id: child.id, parent: parent_id, uffd: None, masks: None, table, counters: child };
+        let (id, aside) = (child.id, Mutex::new(None));
+        let space = Space { id, parent: parent_id, uffd: None, masks: None, table, counters: child, aside };
         let at = self.spaces.partition_point(|other| other.id < space.id);
         self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
     }
@@ -960,15 +994,19 @@ impl Handler {
         Ok(())
     }
 
+    /// Waits for nothing of a space any more.
+    fn deafen(&self, index: usize) {
+        let space = &self.spaces[index];
+        if let Some(uffd) = &space.uffd {
+            let _ = self.epoll.0.delete(&***uffd);
+            self.crew.wait_no_more_for(self.caller.roster(), space);
+        }
+    }
+
     fn remove(&mut self, space: SpaceId) -> Option<Space> {
         let index = self.index_of(space)?;
+        self.deafen(index);
         let removed = self.spaces.remove(index);
-        if let Some(uffd) = &removed.uffd {
-            let _ = self.epoll.0.delete(&***uffd);
-            if self.crew.is_on() {
-                self.crew.unwatch(uffd);
-            }
-        }
         for faults in [&mut self.pending, &mut self.parked] {
             faults.drain_where(|fault| fault.space == space, drop);
         }

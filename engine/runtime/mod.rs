@@ -10,6 +10,7 @@ pub(crate) mod command;
 pub(crate) mod crew;
 mod crew_call;
 mod crew_member;
+mod crew_roster;
 pub(crate) mod crossing;
 pub(crate) mod engine;
 pub(crate) mod fault;

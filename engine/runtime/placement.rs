@@ -153,6 +153,11 @@ impl Placer {
         }
     }
 
+    /// Tells whether threads of the engine may step back behind others, and be taken out of that again.
+    pub(crate) fn may_step_back(&self) -> bool {
+        self.watch.as_ref().is_some_and(|watch| watch.may_begin())
+    }
+
     /// Tells whether the thread must not sleep for long.
     pub(crate) fn is_following(&self) -> bool {
         self.following.is_some()
@@ -276,7 +281,7 @@ impl Drop for Placer {
 }
 
 /// Moves this thread to a processor; tells whether it is allowed there.
-fn move_to(cpu: usize) -> bool {
+pub(super) fn move_to(cpu: usize) -> bool {
     let mut set = CpuSet::new();
     set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_ok()
 }

@@ -84,10 +84,15 @@ impl Watch {
         self.handler.store(gettid().as_raw(), Ordering::Relaxed);
     }
 
+    /// Tells whether a thread of the engine that steps back could be taken out again: a process that gave up its privileges
+    /// could not.
+    pub(super) fn may_begin(&self) -> bool {
+        has_sys_nice() == self.privileged.load(Ordering::Relaxed)
+    }
+
     /// Lets the handler step back behind the thread on whose processor it is; answers whether it may.
     pub(super) fn begin(&self) -> bool {
-        // A process that gave up its privileges could not take it out again.
-        if has_sys_nice() != self.privileged.load(Ordering::Relaxed) {
+        if !self.may_begin() {
             return false;
         }
         // A take-out of before may not have ended.

@@ -6,14 +6,14 @@ pub(crate) mod mmap_vec;
 pub(crate) mod table;
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
 use crate::process::ledger::Private;
 use crate::runtime::readahead::Streams;
 use crate::stats::SpaceCounters;
-use crate::sys::Userfault;
+use crate::sys::{Message, Userfault};
 use crate::vmap::core::VmapCore;
 use crate::vmap::page_size::PageSize;
 use crate::vmap::window::Window;
@@ -53,6 +53,8 @@ pub(crate) struct Space {
     pub(crate) masks: Option<Arc<Private<OwnedFd>>>,
     pub(crate) table: AreaTable<Target>,
     pub(crate) counters: Arc<SpaceCounters>,
+    /// A message that a member of the crew has read and can't answer, for the owner. Locked by who reads.
+    pub(crate) aside: Mutex<Option<Message>>,
 }
 
 /// An area as it is told to the process that shall map it. Plain numbers: it crosses process borders.
