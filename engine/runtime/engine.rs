@@ -79,7 +79,7 @@ pub struct EngineBuilder {
     fault_around: FaultAround,
     workers: usize,
     placement: Placement,
-    handlers: usize,
+    handlers: Option<usize>,
     crew_always: bool,
     ways: Vec<OpenWay>,
     without: Features,
@@ -95,7 +95,7 @@ impl Default for EngineBuilder {
             fault_around: FaultAround::default(),
             workers: 4,
             placement: Placement::default(),
-            handlers: default_handlers(),
+            handlers: None,
             crew_always: false,
             ways: DEFAULT_WAYS.to_vec(),
             without: Features::empty(),
@@ -139,8 +139,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Sets how many threads may answer faults at once, from 1 to [`HANDLERS_MAX`]; as many as there are processors, at most
-    /// 4, unless set.
+    /// Sets how many threads may answer faults at once, from 1 to [`HANDLERS_MAX`]. Unless set, it is as many as there are
+    /// processors, at most 4, with [`Placement::Follow`], and 1 where a place was chosen.
     ///
     /// With 1 there is the fault-handling thread alone. With more there are as many others beside it, each for a
     /// processor, which sleep until several threads, of one process or of several, fault without a pause; then they answer
@@ -148,7 +148,7 @@ impl EngineBuilder {
     /// they work with the policy SCHED_IDLE, as with [`Placement::Follow`].
     #[must_use]
     pub fn handlers(mut self, handlers: usize) -> Self {
-        self.handlers = handlers;
+        self.handlers = Some(handlers);
         self
     }
 
@@ -164,7 +164,11 @@ impl EngineBuilder {
     /// The threads beside the fault-handling thread.
     fn crew(&self) -> usize {
         // Faults that their own threads answer are none of theirs.
-        if self.handlers > 1 && self.delivery == Delivery::Handler { self.handlers } else { 0 }
+        let handlers = self.handlers.unwrap_or_else(|| match self.placement {
+            Placement::Follow => default_handlers(),
+            _ => 1,
+        });
+        if handlers > 1 && self.delivery == Delivery::Handler { handlers } else { 0 }
     }
 
     /// Pins the fault-handling thread to a processor: [`Placement::Pinned`] with one.
@@ -204,7 +208,7 @@ impl EngineBuilder {
             Self { workers, .. } if !(1..=WORKERS_MAX).contains(workers) => {
                 invalid("workers", *workers, "there must be from 1 to 64")
             }
-            Self { handlers, .. } if !(1..=HANDLERS_MAX).contains(handlers) => {
+            Self { handlers: Some(handlers), .. } if !(1..=HANDLERS_MAX).contains(handlers) => {
                 invalid("handlers", *handlers, "there must be from 1 to 16")
             }
             Self { placement, fault_around, .. } => placement.validate().and_then(|()| fault_around.validate()),
