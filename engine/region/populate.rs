@@ -349,6 +349,9 @@ impl Task {
             return;
         }
         let page = page_size();
+        if self.core.minor_faults {
+            self.map_held(addr, pages as usize * page);
+        }
         match populate_read(addr, pages as usize * page) {
             Ok(()) => {}
             Err(_) if pages > 1 => {
@@ -366,6 +369,23 @@ impl Task {
                     errno => errno.to_string(),
                 };
                 self.miss(addr, pgoff, 1, why);
+            }
+        }
+    }
+
+    /// Maps pages that the object holds and whose minor faults the engine would answer. Nothing can go wrong: this maps only
+    /// what lies at an address anyway, and leaves what it can't map to the faults.
+    fn map_held(&self, addr: usize, len: usize) {
+        let local = self.shared.local();
+        let (Local::Owner { uffd } | Local::Child { uffd, .. }) = &*local else { return };
+        let mut done = 0;
+        while done < len {
+            let mapped = uffd.r#continue(addr + done, len - done);
+            done += mapped.bytes;
+            match mapped.stop {
+                Some(Stop::Present) => done += page_size(),
+                Some(Stop::Changing) if mapped.bytes > 0 => {}
+                _ => return,
             }
         }
     }

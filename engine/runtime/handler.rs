@@ -137,6 +137,7 @@ impl Handler {
             parent: OWN_SPACE,
             uffd: Some(parts.uffd),
             masks: None,
+            aside: None,
             table: AreaTable::new(),
             counters: parts.counters,
         };
@@ -465,14 +466,16 @@ impl Handler {
             // One look at the clock for all that are read together.
             let mut since = None;
             let each = |message| match message {
-                Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
+                Message::Fault { addr, write, kind: kind @ (FaultKind::Missing | FaultKind::Minor), tid } => {
+                    let minor = kind == FaultKind::Minor;
                     add(&shared.counters.faults, 1);
                     if write {
                         add(&shared.counters.write_faults, 1);
                     }
                     add(&space.counters.faults, 1);
                     let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
-                    let fault = Fault { space: id, addr, tid, write, since, retries: 0, starved: 0, alone: false };
+                    let fault =
+                        Fault { space: id, addr, tid, write, minor, since, retries: 0, starved: 0, alone: false };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
@@ -825,7 +828,7 @@ impl Handler {
                 reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
             Command::Cut { space, start, end, reply } => reply.answer(self.cut(space, start, end)),
-            Command::Adopt { space, uffd, masks, reply } => {
+            Command::Adopt { space, uffd, masks, aside, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
                         let (on, flags) = (self.crew.is_on(), EpollFlags::EPOLLIN);
@@ -838,6 +841,7 @@ impl Handler {
                         } else {
                             self.spaces[index].uffd = Some(uffd);
                             self.spaces[index].masks = masks;
+                            self.spaces[index].aside = aside;
                         }
                         added
                     }
@@ -930,7 +934,8 @@ impl Handler {
             area.target.vmap.open_again();
         }
         child.areas.store(nr_areas as u64, Ordering::Relaxed);
-        let space = Space { id: child.id, parent: parent_id, uffd: None, masks: None, table, counters: child };
+        let space =
+            Space { id: child.id, parent: parent_id, uffd: None, masks: None, aside: None, table, counters: child };
         let at = self.spaces.partition_point(|other| other.id < space.id);
         self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
     }
@@ -1025,7 +1030,8 @@ fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event
         }
         // The pages are gone, or only their mappings; the next touch asks the list again.
         Message::Remove { .. } => {}
-        // Not asked for: spaces are registered for missing pages, without fork events. Its descriptor is closed here.
+        // Not asked for: spaces are registered for missing pages and minor faults, without fork events. Its descriptor is
+        // closed here.
         Message::Fork(_) | Message::Fault { .. } => {}
     }
     space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
