@@ -75,7 +75,7 @@ const RULES: &[Rule] = &[
     ratio(Of::Wall, "seq_engine_default", "seq_native_memfd", 0.8),
     ratio(Of::Wall, "seq_engine_populate", "seq_native_memfd", 0.7),
     ratio(Of::Wall, "populate_foreground", "populate_native", 0.7),
-    ratio(Of::Wall, "seq_engine_zero_copy", "seq_native_memfd", 0.35),
+    ratio(Of::Wall, "seq_engine_zero_copy_minor", "seq_native_memfd", 0.35),
     ratio(Of::Wall, "seq_engine_zero_copy_populate", "seq_native_memfd", 0.35),
     ratio(Of::Wall, "seq_engine_zero_copy_read", "seq_native_memfd_read", 0.35),
     ratio(Of::Wall, "seq_engine_2m", "seq_native_memfd", 0.35),

@@ -101,12 +101,17 @@ fn huge_pages(pool: Rc<Pool>) -> Serve {
 }
 
 /// A region that shows a memfd itself.
-fn zero_copy() -> Serve {
-    Box::new(|bench, pages| {
+fn zero_copy(set: fn(VmapBuilder) -> VmapBuilder) -> Serve {
+    Box::new(move |bench, pages| {
         let mut list = Kiobuf::new();
         list.map_memfd(bench.held(pages)?, 0..(pages * page_size()) as u64)?;
-        Served::published(Engine::builder(), &list, |vmap| vmap.backing(Backing::Shared))
+        Served::published(Engine::builder(), &list, |vmap| set(vmap.backing(Backing::Shared)))
     })
+}
+
+/// Pages that are held are mapped by the kernel.
+fn natively(vmap: VmapBuilder) -> VmapBuilder {
+    vmap
 }
 
 fn of_order(order: Order, all: usize, pool: Option<Rc<Pool>>) -> Vec<Series> {
@@ -185,24 +190,28 @@ fn of_order(order: Order, all: usize, pool: Option<Rc<Pool>>) -> Vec<Series> {
         let what = "`Region::populate`, and then the touches";
         series.push(engine("engine_populate", what, all, served(Engine::builder), populate));
         let what = "the same of a list that is a memfd";
-        series.push(engine("engine_zero_copy_populate", what, all, zero_copy(), populate));
+        series.push(engine("engine_zero_copy_populate", what, all, zero_copy(natively), populate));
     }
     let what = "the engine as it is by default, of a list that is a memfd (`Kiobuf::map_memfd`)";
-    series.push(engine("engine_zero_copy", what, all, zero_copy(), nothing));
+    series.push(engine("engine_zero_copy", what, all, zero_copy(natively), nothing));
+    if matches!(order, Order::Sequential | Order::Random) {
+        let minor = "the same with `VmapBuilder::minor_faults`";
+        series.push(engine("engine_zero_copy_minor", minor, all, zero_copy(VmapBuilder::minor_faults), nothing));
+    }
     if order == Order::Sequential {
         let read = |subject: &str, what: &str, serve: Serve| {
             let what = format!("{what}, by reads");
             let series = engine_by(Access::Read, subject, &what, all, serve, nothing);
             series.native(name("native_memfd_read"))
         };
-        let natively = |subject: &str, what: &str, filled: bool| {
+        let by_kernel = |subject: &str, what: &str, filled: bool| {
             native(subject, what, filled, Access::Read).native(name("native_memfd_read"))
         };
         series.extend([
-            natively("native_memfd_read", "the kernel's first touch of a shared memfd, by reads", false),
-            natively("native_resident_read", "the kernel's mapping of a memfd that is filled already, by reads", true),
+            by_kernel("native_memfd_read", "the kernel's first touch of a shared memfd, by reads", false),
+            by_kernel("native_resident_read", "the kernel's mapping of a memfd that is filled already, by reads", true),
             read("engine_default_read", default, served(Engine::builder)),
-            read("engine_zero_copy_read", what, zero_copy()),
+            read("engine_zero_copy_read", what, zero_copy(natively)),
         ]);
     }
     for around in AROUND {

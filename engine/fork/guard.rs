@@ -21,13 +21,15 @@ use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::process::mask::{self, Masked, give_up, mask};
 use crate::process::try_gate;
-use crate::sys::{Message, MsgBuffer, Stop, Userfault};
+use crate::sys::{FaultKind, Message, MsgBuffer, Stop, Userfault};
 
 /// What the guard watches.
 pub(crate) struct Guard {
     pub(crate) lifeline: Arc<Private<OwnedFd>>,
     pub(crate) owner: Private<OwnedFd>,
     pub(crate) uffd: Arc<Private<Userfault>>,
+    /// Another, which reports no changes: there are vmaps with minor faults.
+    pub(crate) aside: Option<Arc<Private<Userfault>>>,
     pub(crate) messages: MsgBuffer,
     /// Orders to mask pages come here; `None` where the kernel has poison.
     pub(crate) orders: Option<Private<OwnedFd>>,
@@ -75,7 +77,8 @@ impl Guard {
             return;
         }
         let orders = self.orders.as_ref().unwrap_or(&self.lifeline).as_raw_fd();
-        let kept = [self.lifeline.as_raw_fd(), self.owner.as_raw_fd(), self.uffd.as_raw_fd(), orders];
+        let aside = self.aside.as_ref().unwrap_or(&self.uffd).as_raw_fd();
+        let kept = [self.lifeline.as_raw_fd(), self.owner.as_raw_fd(), self.uffd.as_raw_fd(), orders, aside];
         let mut kept = kept.map(|fd| fd as u32);
         kept.sort_unstable();
         let mut from = 0;
@@ -83,7 +86,7 @@ impl Guard {
             if fd > from {
                 close_range(from, fd - 1);
             }
-            from = fd + 1;
+            from = from.max(fd + 1);
         }
         close_range(from, u32::MAX);
     }
@@ -99,11 +102,15 @@ impl Guard {
             Ok(_) => {}
         }
         let mut put_off = false;
-        let (poisons, starved) = (self.orders.is_none(), &mut self.starved);
+        let (poisons, aside, starved) = (self.orders.is_none(), self.aside.as_deref(), &mut self.starved);
         let read = uffd.read(&mut self.messages, |message| match message {
-            Message::Fault { addr, .. } => {
+            Message::Fault { addr, kind, .. } => {
                 let addr = page_floor(addr);
-                let refused = if poisons { poison(&uffd, addr) } else { mask_page(&uffd, addr, starved) };
+                let refused = match (kind, aside) {
+                    (FaultKind::Minor, Some(aside)) if map(&uffd, aside, addr) => Refused::Done,
+                    _ if poisons => poison(&uffd, addr),
+                    _ => mask_page(&uffd, addr, starved),
+                };
                 if refused == Refused::Later {
                     // Woken, it touches again, and there is a new message.
                     put_off = true;
@@ -183,11 +190,22 @@ fn poison(uffd: &Userfault, addr: usize) -> Refused {
     }
 }
 
+/// Maps a page that the object holds, through `aside`, as the address space may be changing; answers `false` if the page can't
+/// be had: it was given up meanwhile, or can't be read back.
+fn map(uffd: &Userfault, aside: &Userfault, addr: usize) -> bool {
+    let refused = matches!(aside.r#continue(addr, page_size()).stop, Some(Stop::BadSource | Stop::Other(Errno::EIO)));
+    if !refused {
+        // Mapped by now, or not ours any more, or past the end: the touch finds out.
+        let _ = uffd.wake(addr, page_size());
+    }
+    !refused
+}
+
 /// Masks a page if it is missing still, and wakes who waits there.
 fn mask_page(uffd: &Userfault, addr: usize, starved: &mut u32) -> Refused {
     match uffd.r#continue(addr, page_size()).stop {
-        // A hole of one of our objects.
-        Some(Stop::BadSource) => {}
+        // A hole of one of our objects, or a page that can't be read back.
+        Some(Stop::BadSource | Stop::Other(Errno::EIO)) => {}
         Some(Stop::Changing | Stop::NoMemory) => return Refused::Later,
         // It is there by now, or masked already, or not ours any more.
         _ => {

@@ -39,7 +39,7 @@ use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role, spawn_in_child};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::{AreaRecord, OWN_SPACE};
-use crate::sys::{MsgBuffer, Userfault};
+use crate::sys::{Features, MsgBuffer, Userfault};
 use crate::{Error, Result};
 use link::{Lifeline, Local};
 use records::read_records;
@@ -245,10 +245,16 @@ fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
             let (engine_end, guard_end) = masks::pair()?;
             (Some(engine_end), Some(guard_end))
         };
+        let aside = if shared.vmaps.has_minor_faults() {
+            Some(Arc::new(Private::open(|| shared.opener.open(Features::empty()).map(|(uffd, _)| uffd))?))
+        } else {
+            None
+        };
         let guard = guard::Guard {
             lifeline: socket,
             owner: Private::open(|| shared.owner_pidfd.try_clone()).map_err(Error::io("dup of the owner's pidfd"))?,
             uffd: Arc::clone(&attached.uffd),
+            aside: aside.clone(),
             messages: MsgBuffer::new(GUARD_MESSAGES),
             orders,
             starved: 0,
@@ -260,6 +266,9 @@ fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
         lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
         if let Some(masks) = &masks {
             lifeline.greet(Ask::Masks, Some(masks.as_fd()))?;
+        }
+        if let Some(aside) = &aside {
+            lifeline.greet(Ask::Aside, Some(aside.as_fd()))?;
         }
         lifeline.greet(
             Ask::Hello { pid, errno: 0, nr_unlocked: attached.unlocked.len() as u64 },
@@ -325,8 +334,8 @@ fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], taken: &Taken) ->
         let offset = vmap.object.offset_of(record.pgoff)?;
         let mapping = vmap.object.map(len, offset, Placement::Reserved(start))?;
         attached.mappings.push(mapping);
-        attached.uffd.register_missing(start, len).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
         if let Some(mapping) = attached.mappings.last() {
+            vmap.register(&attached.uffd, mapping).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
             if vmap.residency.is_downgraded(vmap.lock(mapping)?) {
                 attached.unlocked.push(record.region);
             }

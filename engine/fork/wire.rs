@@ -28,6 +28,8 @@ pub(crate) enum Ask {
     Watch,
     /// "To this socket go orders to mask pages of mine."
     Masks,
+    /// "Through this userfaultfd, which reports no changes of mine, pages can be mapped here while the other does."
+    Aside,
     /// "My areas are mapped and registered": with the userfaultfd. With `errno` ≠ 0: they are not. So many of them were to
     /// be locked if allowed, and are not.
     Hello { pid: i32, errno: i32, nr_unlocked: u64 },
@@ -86,6 +88,7 @@ impl Ask {
             Ask::Masks => words(10, &[]),
             Ask::Taken { start, end } => words(11, &[start, end]),
             Ask::Unmapped { addr } => words(12, &[addr]),
+            Ask::Aside => words(13, &[]),
         }
     }
 
@@ -103,6 +106,7 @@ impl Ask {
             10 => Ask::Masks,
             11 => Ask::Taken { start: w[2], end: w[3] },
             12 => Ask::Unmapped { addr: w[2] },
+            13 => Ask::Aside,
             _ => return None,
         })
     }
@@ -285,6 +289,7 @@ mod tests {
             Ask::LookUp { addr: 1 << 40 },
             Ask::Inherited { skip: 4 },
             Ask::Masks,
+            Ask::Aside,
             Ask::Taken { start: 1 << 40, end: 1 << 41 },
             Ask::Unmapped { addr: 1 << 40 },
         ];

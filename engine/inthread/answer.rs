@@ -272,6 +272,7 @@ impl Board {
         add(&self.counters.answered.signalled().pages, pages);
         let kinds: &[_] = match source {
             Source::Zeros => &[[&all.pages_zeroed, &own.pages_zeroed]],
+            Source::Held => &[[&all.pages_continued, &own.pages_continued]],
             Source::Memory(_) => &[[&all.pages_copied, &own.pages_copied]],
             Source::Read(_) | Source::ReadByWorker(_) => {
                 &[[&all.pages_copied, &own.pages_copied], [&all.pages_read, &own.pages_read]]
@@ -362,7 +363,7 @@ impl Touch<'_> {
             Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe {
                 window.copy(self.pgoff, src, page_size())
             },
-            Source::Zeros => window.zeropage(self.pgoff, page_size()),
+            Source::Zeros | Source::Held => window.zeropage(self.pgoff, page_size()),
         };
         self.board.count_installed(self.area, &source, install);
         if install.bytes > 0 {

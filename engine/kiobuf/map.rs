@@ -124,7 +124,9 @@ impl Kiobuf {
     /// page size, and it is sealed with F_SEAL_GROW: past the end of the list a touch is then SIGBUS, whatever becomes
     /// of a region or of the memfd. Other lists are copied page by page, as from [`map_file`](Kiobuf::map_file): what is
     /// written to the memfd after a page was touched is then not seen. [`VmapBuilder::backing`](crate::VmapBuilder::backing)
-    /// insists on one or the other, [`Vmap::shares_pages`](crate::Vmap::shares_pages) tells.
+    /// insists on one or the other, [`Vmap::shares_pages`](crate::Vmap::shares_pages) tells. Pages that the memfd holds the
+    /// kernel maps by itself, reads with neighbours, writes one by one; [`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)
+    /// has the engine do it, many at once.
     ///
     /// A hole of the memfd is zeros, and gets a page when it is touched, as do the holes around it
     /// ([`fault_around_pages`](crate::EngineBuilder::fault_around_pages)); a shutdown that fills gives one to each. The descriptor is

@@ -223,7 +223,7 @@ fn attach(
     };
     // Registered, it would be taken for what the hidden area before it has grown by.
     mapping.set_apart()?;
-    uffd.register_missing(mapping.addr(), mapping.len()).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+    core.register(uffd, &mapping).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
     let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
     // Registered and still hidden: even a kernel that brought pages for it could not bring zeros.
     let locked = core.lock(&mapping)?;

@@ -3,7 +3,9 @@
 //! In the engine's process they are filled through the vmap's window, whose addresses nobody else can take, and then
 //! mapped by MADV_POPULATE_READ, which shows what lies there and nothing else: whatever other threads unmap, move or map
 //! meanwhile, no page of a list gets into memory that is not its own. A forked child has no window and may have an old list:
-//! there the engine brings the pages, in answer to the faults of the same call.
+//! there the engine brings the pages, in answer to the faults of the same call. Large ranges are shared by several threads.
+
+mod together;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -97,10 +99,14 @@ pub struct PopulateProgress {
 }
 
 impl Region {
-    /// Brings every page of a byte range that can be had, on this thread, and maps it here: touching it is no fault then.
+    /// Brings every page of a byte range that can be had, and maps it here: touching it is no fault then.
     ///
     /// Pages count that have a byte in the range. Other processes find them without asking the list again. Faults are
     /// answered meanwhile. In a forked child the engine brings them.
+    ///
+    /// A range of more than 32 MiB is shared with threads that are started for the call and have ended when it returns: as many
+    /// as processors that the calling thread may use, at most 4 with itself (none if it is bound to one processor). Page
+    /// sources are called there too. Where a thread can't be started the others do its work.
     ///
     /// # Errors
     ///
@@ -115,13 +121,10 @@ impl Region {
         if self.shared.is_child() {
             task.bring_by_touching()?;
         } else {
-            while task.at < task.end {
-                let Some(piece) = task.piece()? else { break };
-                while task.at < piece.range.end {
-                    task.step(&piece, STEP_PAGES)?;
-                }
+            match together::threads_for(task.end - task.at) {
+                1 => task.bring()?,
+                threads => together::bring(&mut task, threads)?,
             }
-            task.rest_is_unmapped();
         }
         task.outcome()
     }
@@ -210,14 +213,27 @@ struct Task {
     end: usize,
     wanted: u64,
     missing: u64,
-    /// The first page that can't be had, and why.
-    first: Option<(u64, String)>,
+    first: Option<Missing>,
+}
+
+/// The first page that can't be had.
+struct Missing {
+    addr: usize,
+    pgoff: u64,
+    why: String,
 }
 
 /// A range of addresses that is the region's, and the page at its start.
+#[derive(Clone)]
 struct Piece {
     range: Range<usize>,
     pgoff: u64,
+}
+
+impl Piece {
+    fn pgoff_of(&self, addr: usize) -> u64 {
+        self.pgoff + ((addr - self.range.start) / page_size()) as u64
+    }
 }
 
 const UNMAPPED: &str = "it is not mapped any more";
@@ -227,18 +243,51 @@ impl Task {
         ((self.end - self.at) / page_size()) as u64
     }
 
-    fn miss(&mut self, pgoff: u64, pages: u64, why: impl Into<String>) {
+    /// Takes what is before an address out, as a task of its own.
+    fn split_off(&mut self, end: usize) -> Task {
+        let at = std::mem::replace(&mut self.at, end);
+        let (core, shared) = (Arc::clone(&self.core), Arc::clone(&self.shared));
+        Task { core, shared, at, end, missing: 0, first: None, ..*self }
+    }
+
+    /// Counts what a part of this could not have.
+    fn absorb(&mut self, part: &mut Task) {
+        self.missing += std::mem::take(&mut part.missing);
+        if let Some(first) = part.first.take().filter(|its| self.first.as_ref().is_none_or(|own| its.addr < own.addr)) {
+            self.first = Some(first);
+        }
+    }
+
+    fn miss(&mut self, addr: usize, pgoff: u64, pages: u64, why: impl Into<String>) {
         if pages > 0 {
             self.missing += pages;
-            self.first.get_or_insert_with(|| (pgoff, why.into()));
+            self.first.get_or_insert_with(|| Missing { addr, pgoff, why: why.into() });
         }
+    }
+
+    /// Brings all that is left.
+    fn bring(&mut self) -> Result<()> {
+        while self.at < self.end {
+            let Some(piece) = self.piece()? else { break };
+            self.bring_piece(&piece)?;
+        }
+        self.rest_is_unmapped();
+        Ok(())
+    }
+
+    /// Brings what is left of a piece.
+    fn bring_piece(&mut self, piece: &Piece) -> Result<()> {
+        while self.at < self.end.min(piece.range.end) {
+            self.step(piece, STEP_PAGES)?;
+        }
+        Ok(())
     }
 
     /// Passes over addresses that are not the region's any more.
     fn pass_unmapped(&mut self, until: usize) {
         let page = page_size();
         let pgoff = self.pgoff + ((self.at - self.base) / page) as u64;
-        self.miss(pgoff, ((until - self.at) / page) as u64, UNMAPPED);
+        self.miss(self.at, pgoff, ((until - self.at) / page) as u64, UNMAPPED);
         self.at = until;
     }
 
@@ -260,8 +309,7 @@ impl Task {
     fn step(&mut self, piece: &Piece, most: u64) -> Result<()> {
         let page = page_size();
         let core = Arc::clone(&self.core);
-        let first = piece.pgoff + ((self.at - piece.range.start) / page) as u64;
-        let end = piece.pgoff + ((piece.range.end - piece.range.start) / page) as u64;
+        let (first, end) = (piece.pgoff_of(self.at), piece.pgoff_of(piece.range.end.min(self.end)));
         let addr_of = |pgoff: u64| piece.range.start + (pgoff - piece.pgoff) as usize * page;
         // A list that is being taken back must not be filled from: taken back is then either before this step or after it.
         let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
@@ -276,17 +324,19 @@ impl Task {
             let why = match refusal {
                 Refusal::Hole => "the list has a hole there",
                 Refusal::PastEnd => "the list ends before it",
-                Refusal::Failed(why) => return self.miss(refused.start, refused.end - refused.start, why),
+                Refusal::Failed(why) => {
+                    return self.miss(addr_of(refused.start), refused.start, refused.end - refused.start, why);
+                }
             };
             // A revoke may have left pages there that are not in the list.
             let mut missing_from = refused.start;
             let window = contents.window.as_ref();
             for there in window.into_iter().flat_map(|window| window.resident(&core.object, refused.clone())) {
-                self.miss(missing_from, there.start - missing_from, why);
+                self.miss(addr_of(missing_from), missing_from, there.start - missing_from, why);
                 self.map(addr_of(there.start), there.start, there.end - there.start);
                 missing_from = there.end;
             }
-            self.miss(missing_from, refused.end - missing_from, why);
+            self.miss(addr_of(missing_from), missing_from, refused.end - missing_from, why);
         });
         self.map(addr_of(had), had, next - had);
         self.at = addr_of(next);
@@ -299,6 +349,9 @@ impl Task {
             return;
         }
         let page = page_size();
+        if self.core.minor_faults {
+            self.map_held(addr, pages as usize * page);
+        }
         match populate_read(addr, pages as usize * page) {
             Ok(()) => {}
             Err(_) if pages > 1 => {
@@ -315,7 +368,24 @@ impl Task {
                     Errno::EFAULT | Errno::EHWPOISON => "its touch is SIGBUS".into(),
                     errno => errno.to_string(),
                 };
-                self.miss(pgoff, 1, why);
+                self.miss(addr, pgoff, 1, why);
+            }
+        }
+    }
+
+    /// Maps pages that the object holds and whose minor faults the engine would answer. Nothing can go wrong: this maps only
+    /// what lies at an address anyway, and leaves what it can't map to the faults.
+    fn map_held(&self, addr: usize, len: usize) {
+        let local = self.shared.local();
+        let (Local::Owner { uffd } | Local::Child { uffd, .. }) = &*local else { return };
+        let mut done = 0;
+        while done < len {
+            let mapped = uffd.r#continue(addr + done, len - done);
+            done += mapped.bytes;
+            match mapped.stop {
+                Some(Stop::Present) => done += page_size(),
+                Some(Stop::Changing) if mapped.bytes > 0 => {}
+                _ => return,
             }
         }
     }
@@ -350,7 +420,9 @@ impl Task {
     fn outcome(self) -> Result<()> {
         match self.first {
             None => Ok(()),
-            Some((pgoff, why)) => Err(Error::NotPopulated { pgoff, why, missing: self.missing, wanted: self.wanted }),
+            Some(Missing { pgoff, why, .. }) => {
+                Err(Error::NotPopulated { pgoff, why, missing: self.missing, wanted: self.wanted })
+            }
         }
     }
 }

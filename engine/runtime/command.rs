@@ -74,11 +74,12 @@ pub(crate) enum Command {
     /// Takes a range out of the areas of a child that has not greeted yet: something else lies there since the fork, and
     /// its parent has no longer got it either.
     Cut { space: SpaceId, start: usize, end: usize, reply: Ticket<Result<(), NotCut>> },
-    /// Gives a child's space its userfaultfd, and the socket to order masks by if it needs them. The asker keeps both.
+    /// Gives a child's space its userfaultfd, and what it needs besides. The asker keeps all of it.
     Adopt {
         space: SpaceId,
         uffd: Arc<Private<Userfault>>,
         masks: Option<Arc<Private<OwnedFd>>>,
+        aside: Option<Arc<Private<Userfault>>>,
         reply: Ticket<Result<(), Errno>>,
     },
     /// Takes a space out.
@@ -159,7 +160,7 @@ impl ReadOrder {
     /// The fault that it is for.
     pub(crate) fn fault(&self) -> Fault {
         let Self { space, addr, since, .. } = *self;
-        Fault { space, addr, tid: 0, write: false, since, retries: 0, starved: 0, alone: false }
+        Fault { space, addr, tid: 0, write: false, minor: false, since, retries: 0, starved: 0, alone: false }
     }
 }
 

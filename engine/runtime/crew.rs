@@ -12,7 +12,7 @@
 //! rules keep the engine's promises.
 //!
 //! 1. *A member installs nothing at an address of which another member may read the unmap.* It either keeps others from
-//!    reading until it has installed ([`Space::aside`] is locked that long), which is done where it is the only one who
+//!    reading until it has installed ([`Space::unheard`] is locked that long), which is done where it is the only one who
 //!    waits for the space. Or it fills the page of the vmap through the vmap's window, whose addresses nobody else has, and
 //!    wakes whoever waits at the address, who then maps what the vmap holds. So a lookup that is out of date brings a page
 //!    of a vmap that nobody asked for, with the bytes of its list, and wakes a thread that faults again: no byte is wrong

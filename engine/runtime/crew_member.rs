@@ -117,8 +117,8 @@ fn read_one(
     let Some((space, uffd)) = crew.space(id, inside).and_then(|space| Some((space, space.uffd.as_ref()?))) else {
         return Read::Nothing;
     };
-    let mut aside = space.aside.lock().unwrap_or_else(PoisonError::into_inner);
-    if aside.is_some() {
+    let mut unheard = space.unheard.lock().unwrap_or_else(PoisonError::into_inner);
+    if unheard.is_some() {
         return Read::Aside;
     }
     let mut read = None;
@@ -129,20 +129,20 @@ fn read_one(
     let fault = match message {
         Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
             let (addr, since) = (page_floor(addr), Moment::now());
-            Some(Fault { space: id, addr, tid, write, since, retries: 0, starved: 0, alone: false })
+            Some(Fault { space: id, addr, tid, write, minor: false, since, retries: 0, starved: 0, alone: false })
         }
         _ => None,
     };
     let simple = fault.and_then(|fault| Some((fault, Fill::of(crew, space, uffd, &fault, is_alone)?)));
     let Some((fault, fill)) = simple else {
-        *aside = Some(message);
+        *unheard = Some(message);
         crew.ring_for_the_owner();
         return Read::Aside;
     };
     held.set(Some(fault));
     member.begins();
     // Where others may read as soon as this thread lets them, nothing is installed at an address.
-    let _nobody_reads = is_alone.then_some(aside);
+    let _nobody_reads = is_alone.then_some(unheard);
     #[cfg(test)]
     crew.panic_if_asked();
     add(&counters.faults, 1);

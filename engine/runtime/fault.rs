@@ -13,6 +13,8 @@ pub(crate) struct Fault {
     pub(crate) tid: i32,
     /// The access was a write.
     pub(crate) write: bool,
+    /// The page is there, and not mapped.
+    pub(crate) minor: bool,
     /// When it was read.
     pub(crate) since: Moment,
     /// How often it was put off.

@@ -142,9 +142,10 @@ impl Handler {
             parent: OWN_SPACE,
             uffd: Some(parts.uffd),
             masks: None,
+            aside: None,
             table: AreaTable::new(),
             counters: parts.counters,
-            aside: Mutex::new(None),
+            unheard: Mutex::new(None),
         };
         spaces.try_push(own).map_err(|(_, errno)| no_memory(errno))?;
         let caller = Caller::new(parts.crew_always);
@@ -407,7 +408,7 @@ impl Handler {
             let space = &mut self.spaces[index];
             let id = space.id;
             // Nobody is inside: nobody has it locked.
-            if let Some(message) = space.aside.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            if let Some(message) = space.unheard.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
                 self.caller.took();
                 self.read_messages(id, Some(message));
             }
@@ -499,14 +500,16 @@ impl Handler {
             // One look at the clock for all that are read together.
             let mut since = None;
             let each = |message| match message {
-                Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
+                Message::Fault { addr, write, kind: kind @ (FaultKind::Missing | FaultKind::Minor), tid } => {
+                    let minor = kind == FaultKind::Minor;
                     add(&shared.counters.faults, 1);
                     if write {
                         add(&shared.counters.write_faults, 1);
                     }
                     add(&space.counters.faults, 1);
                     let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
-                    let fault = Fault { space: id, addr, tid, write, since, retries: 0, starved: 0, alone: false };
+                    let fault =
+                        Fault { space: id, addr, tid, write, minor, since, retries: 0, starved: 0, alone: false };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
@@ -858,19 +861,19 @@ impl Handler {
                 reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
             Command::Cut { space, start, end, reply } => reply.answer(self.cut(space, start, end)),
-            Command::Adopt { space, uffd, masks, reply } => {
+            Command::Adopt { space, uffd, masks, aside, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
                         let crewed = self.crew.is_on() && self.caller.roster().waiters(space) > 0;
                         let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
                         let added = self.epoll.0.add(&**uffd, EpollEvent::new(flags, space));
                         let entry = &mut self.spaces[index];
-                        (entry.uffd, entry.masks) = (Some(uffd), masks);
+                        (entry.uffd, entry.masks, entry.aside) = (Some(uffd), masks, aside);
                         let added = added.and_then(|()| self.crew.wait_for(self.caller.roster(), entry));
                         if added.is_err() {
                             self.deafen(index);
-                            self.spaces[index].uffd = None;
-                            self.spaces[index].masks = None;
+                            let entry = &mut self.spaces[index];
+                            (entry.uffd, entry.masks, entry.aside) = (None, None, None);
                         }
                         added
                     }
@@ -963,8 +966,16 @@ impl Handler {
             area.target.vmap.open_again();
         }
         child.areas.store(nr_areas as u64, Ordering::Relaxed);
-        let (id, aside) = (child.id, Mutex::new(None));
-        let space = Space { id, parent: parent_id, uffd: None, masks: None, table, counters: child, aside };
+        let space = Space {
+            id: child.id,
+            parent: parent_id,
+            uffd: None,
+            masks: None,
+            aside: None,
+            table,
+            counters: child,
+            unheard: Mutex::new(None),
+        };
         let at = self.spaces.partition_point(|other| other.id < space.id);
         self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
     }
@@ -1063,7 +1074,8 @@ fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event
         }
         // The pages are gone, or only their mappings; the next touch asks the list again.
         Message::Remove { .. } => {}
-        // Not asked for: spaces are registered for missing pages, without fork events. Its descriptor is closed here.
+        // Not asked for: spaces are registered for missing pages and minor faults, without fork events. Its descriptor is
+        // closed here.
         Message::Fork(_) | Message::Fault { .. } => {}
     }
     space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);

@@ -274,7 +274,7 @@ impl Resolver {
         let page = area.target.page;
         let src = match source {
             Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => src,
-            Source::Zeros => match self.huge.of(page) {
+            Source::Zeros | Source::Held => match self.huge.of(page) {
                 Some(memory) => memory.zeros.as_ptr(),
                 None => return self.poison_huge(space, uffd, page, fault),
             },

@@ -56,6 +56,8 @@ struct Peer {
     pidfd: Option<Private<OwnedFd>>,
     /// Comes before the greeting too, from a child that masks pages.
     masks: Option<Arc<Private<OwnedFd>>>,
+    /// The same, where there are minor faults.
+    aside: Option<Arc<Private<Userfault>>>,
     /// From its greeting.
     uffd: Option<Arc<Private<Userfault>>>,
     /// Nothing will tell of its end: it closed its lifeline, or it exited and left its address space to a clone.
@@ -289,7 +291,15 @@ impl Keeper {
         self.shared.spaces_push(Arc::clone(&counters));
         self.peers.insert(
             space,
-            Peer { counters, lifeline: Some(lifeline), pidfd: None, masks: None, uffd: None, orphan: false },
+            Peer {
+                counters,
+                lifeline: Some(lifeline),
+                pidfd: None,
+                masks: None,
+                aside: None,
+                uffd: None,
+                orphan: false,
+            },
         );
         if watched.is_err() || self.shared.retired.load(Ordering::SeqCst) {
             // Its end would never be noticed, or the others were let go already. It is told by its lifeline.
@@ -322,6 +332,12 @@ impl Keeper {
             Ask::Masks => {
                 if let Some(peer) = self.peers.get_mut(&space) {
                     peer.masks = descriptor.map(Arc::new);
+                }
+                return;
+            }
+            Ask::Aside => {
+                if let Some(peer) = self.peers.get_mut(&space) {
+                    peer.aside = descriptor.map(|fd| Arc::new(fd.map(Userfault::from)));
                 }
                 return;
             }
@@ -377,10 +393,11 @@ impl Keeper {
             tell!(WARN, "kiomap::process", "has no regions", engine = self.shared.id, pid = pid, errno = errno);
             return self.part_with(space);
         };
-        let (uffd, masks) = (Arc::new(uffd.map(Userfault::from)), peer.masks.clone());
+        let uffd = Arc::new(uffd.map(Userfault::from));
+        let (masks, aside) = (peer.masks.clone(), peer.aside.clone());
         let handed_over = uffd.set_nonblocking_cloexec().and_then(|()| {
             let uffd = Arc::clone(&uffd);
-            let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, masks, reply });
+            let adopted = self.shared.handler.ask(|reply| Command::Adopt { space, uffd, masks, aside, reply });
             adopted.unwrap_or(Err(Errno::ESHUTDOWN))
         });
         match handed_over {

@@ -112,10 +112,13 @@ impl Resolver {
         }
         let around = if fault.alone { FaultAround::Fixed(1) } else { self.fault_around };
         let plan = plan(around, area, area.pgoff_of(fault.addr));
-        if fault.retries == 0 {
-            plan.count(&self.shared.counters, area, fault.write);
+        match fault.retries {
+            0 if fault.minor => self.count_minor(area, fault),
+            0 => plan.count(&self.shared.counters, area, fault.write),
+            _ => {}
         }
         match plan {
+            Plan::Zero { pages } if fault.minor => self.install(space, uffd, area, fault, pages, Source::Held),
             Plan::Copy { pages, src } => self.install(space, uffd, area, fault, pages, Source::Memory(src)),
             Plan::Zero { pages } => self.install(space, uffd, area, fault, pages, Source::Zeros),
             Plan::Read { run } => self.read(space, uffd, area, fault, run, around),
@@ -134,6 +137,15 @@ impl Resolver {
         };
         add(all, 1);
         add(kind, 1);
+        if fault.write {
+            add(&own.write_faults, 1);
+        }
+    }
+
+    fn count_minor(&self, area: &Area<Target>, fault: &Fault) {
+        let (all, own) = (&*self.shared.counters, &*area.target.vmap.counters);
+        add(&all.faults_minor, 1);
+        add(&own.faults_minor, 1);
         if fault.write {
             add(&own.write_faults, 1);
         }
@@ -334,6 +346,10 @@ impl Resolver {
                 Some(Stop::Changing) if total == page && fault.retries >= RETRIES_BEFORE_ASIDE => {
                     return self.install_aside(space, uffd, area, fault, source);
                 }
+                // Given up since it faulted: it is missing now.
+                Some(Stop::BadSource) if total == page && matches!(source, Source::Held) => {
+                    return self.install(space, uffd, area, fault, window, Source::Zeros);
+                }
                 Some(stop) if total == page => return self.not_installed(space, uffd, fault, stop),
                 Some(stop) => {
                     // The window may reach over the border of a mapping, or a neighbour's source may be bad.
@@ -367,12 +383,15 @@ impl Resolver {
     ) -> Answer {
         let Some(window) = &area.target.window else { return Answer::Later };
         let pgoff = area.pgoff_of(fault.addr);
+        if matches!(source, Source::Held) {
+            return self.map_aside(space, uffd, fault).unwrap_or(Answer::Later);
+        }
         let install = match source {
             // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
             Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe {
                 window.copy(pgoff, src, page_size())
             },
-            Source::Zeros => window.zeropage(pgoff, page_size()),
+            Source::Zeros | Source::Held => window.zeropage(pgoff, page_size()),
         };
         self.count_installed(space, area, &source, install);
         if install.bytes > 0 {
@@ -384,6 +403,19 @@ impl Resolver {
             Some(Stop::Changing) => Answer::Later,
             Some(stop) => self.not_installed(space, uffd, fault, stop),
         }
+    }
+
+    /// Maps a page that the object holds while its address space is changing, a change that may wait for this very page:
+    /// through a userfaultfd that reports no changes, and is not held up by them; `None` if there is none. If the page is
+    /// given up meanwhile, the thread faults on a missing one.
+    fn map_aside(&self, space: &Space, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
+        if space.id == OWN_SPACE {
+            let area = space.table.find(fault.addr)?;
+            area.target.window.as_ref()?.map_at(fault.addr);
+        } else {
+            let _ = space.aside.as_ref()?.r#continue(fault.addr, page_size());
+        }
+        Some(self.wake(uffd, fault.addr))
     }
 
     /// Decides about a single page that the kernel did not install.
@@ -418,6 +450,10 @@ impl Resolver {
         }
         add(&space.counters.pages, pages);
         let (copied, read) = match source {
+            Source::Held => {
+                add(&all.pages_continued, pages);
+                return add(&own.pages_continued, pages);
+            }
             Source::Zeros => {
                 add(&all.pages_zeroed, pages);
                 return add(&own.pages_zeroed, pages);
@@ -446,7 +482,8 @@ impl Resolver {
     fn map_resident(&self, uffd: &Userfault, addr: usize) -> Option<Answer> {
         match uffd.r#continue(addr, page_size()).stop {
             None => Some(Answer::Done),
-            Some(Stop::BadSource) => None,
+            // The latter: it can't be read back, or the memory is broken.
+            Some(Stop::BadSource | Stop::Other(Errno::EIO)) => None,
             Some(Stop::Changing | Stop::NoMemory) => Some(Answer::Later),
             Some(Stop::Gone) => Some(Answer::Gone),
             // Mapped meanwhile, or not mapped any more: the retried touch finds out.
@@ -460,7 +497,15 @@ impl Resolver {
         if let Some(area) = space.table.find(fault.addr).filter(|area| area.target.page.is_huge()) {
             return self.poison_huge(space, uffd, area.target.page, fault);
         }
-        match self.map_resident(uffd, fault.addr) {
+        let resident = self.map_resident(uffd, fault.addr);
+        if resident == Some(Answer::Later)
+            && fault.minor
+            && fault.retries >= RETRIES_BEFORE_ASIDE
+            && let Some(answer) = self.map_aside(space, uffd, fault)
+        {
+            return answer;
+        }
+        match resident {
             Some(Answer::Later) if space.id == OWN_SPACE && fault.retries >= RETRIES_BEFORE_MASK => {
                 return self.mask_while_changing(space, uffd, fault);
             }
@@ -575,6 +620,8 @@ pub(crate) enum Source {
     /// From a worker's buffer.
     ReadByWorker(*const u8),
     Zeros,
+    /// The backing object holds them.
+    Held,
 }
 
 impl Source {
@@ -584,7 +631,7 @@ impl Source {
             Source::Memory(src) => Source::Memory(src.wrapping_add(bytes)),
             Source::Read(src) => Source::Read(src.wrapping_add(bytes)),
             Source::ReadByWorker(src) => Source::ReadByWorker(src.wrapping_add(bytes)),
-            Source::Zeros => Source::Zeros,
+            Source::Zeros | Source::Held => self,
         }
     }
 
@@ -596,6 +643,7 @@ impl Source {
             // has vanished nevertheless, the kernel answers EFAULT.
             Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe { uffd.copy(dst, src, len) },
             Source::Zeros => uffd.zeropage(dst, len),
+            Source::Held => uffd.r#continue(dst, len),
         }
     }
 }

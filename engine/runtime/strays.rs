@@ -273,7 +273,17 @@ mod tests {
     use crate::stats::latency::Moment;
 
     fn fault(space: SpaceId, addr: usize) -> Fault {
-        Fault { space, addr, tid: 0, write: false, since: Moment::UNKNOWN, retries: 0, starved: 0, alone: false }
+        Fault {
+            space,
+            addr,
+            tid: 0,
+            write: false,
+            minor: false,
+            since: Moment::UNKNOWN,
+            retries: 0,
+            starved: 0,
+            alone: false,
+        }
     }
 
     fn new(held: Held) -> LookupId {

@@ -51,10 +51,13 @@ pub(crate) struct Space {
     pub(crate) uffd: Option<Arc<Private<Userfault>>>,
     /// Where a forked child's guard takes orders to mask pages; `None` for the own process, and where nobody needs to.
     pub(crate) masks: Option<Arc<Private<OwnedFd>>>,
+    /// Another userfaultfd of a forked child, which reports no changes, so that pages can be mapped while the first does. `None`
+    /// for the own process, which has the vmaps' windows for that, and where no vmap has minor faults.
+    pub(crate) aside: Option<Arc<Private<Userfault>>>,
     pub(crate) table: AreaTable<Target>,
     pub(crate) counters: Arc<SpaceCounters>,
     /// A message that a member of the crew has read and can't answer, for the owner. Locked by who reads.
-    pub(crate) aside: Mutex<Option<Message>>,
+    pub(crate) unheard: Mutex<Option<Message>>,
 }
 
 /// An area as it is told to the process that shall map it. Plain numbers: it crosses process borders.

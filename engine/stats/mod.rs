@@ -51,11 +51,11 @@ counters! {
     /// [`Vmap::write_at`](crate::Vmap::write_at) or a shutdown that fills) is not counted here.
     Stats {
         /// Page-fault messages that were read, and faults that the touching thread answered itself
-        /// ([`Delivery::InThread`](crate::Delivery::InThread)). Each is of a missing page.
+        /// ([`Delivery::InThread`](crate::Delivery::InThread)). Each is of a missing page, or one of `faults_minor`.
         faults,
         /// Those of them that were writes; of in-thread faults only on x86-64.
         write_faults,
-        /// Faults on pages that the list has in memory, ready to be copied. These four are counted once for each page that is
+        /// Faults on pages that the list has in memory, ready to be copied. These and those that follow are counted once for each page that is
         /// looked up in a list, where `faults` counts every thread that waits for it.
         faults_copied,
         /// Faults on pages of files and sources, and on those that are put together from parts.
@@ -64,6 +64,8 @@ counters! {
         faults_zeroed,
         /// Faults on holes, and past the end of the list.
         faults_refused,
+        /// Faults on pages that are there and not mapped ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
+        faults_minor,
         /// Pages that were installed by UFFDIO_COPY.
         pages_copied,
         /// Those of them that the fault-handling thread had read or put together.
@@ -72,6 +74,9 @@ counters! {
         pages_read_by_workers,
         /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
         pages_zeroed,
+        /// Pages that were there and were mapped by UFFDIO_CONTINUE
+        /// ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
+        pages_continued,
         /// Pages, of either kind, that were filled through the vmap's window, because the address space went on changing.
         pages_aside,
         /// Pages that were answered by SIGBUS (UFFDIO_POISON, or what stands for it before Linux 6.6): holes, pages past the
@@ -144,6 +149,8 @@ counters! {
         faults_zeroed,
         /// Faults on holes, and past the end of the list.
         faults_refused,
+        /// Faults on pages that are there and not mapped.
+        faults_minor,
         /// Pages that were installed by UFFDIO_COPY.
         pages_copied,
         /// Those of them that the fault-handling thread had read or put together.
@@ -152,6 +159,8 @@ counters! {
         pages_read_by_workers,
         /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
         pages_zeroed,
+        /// Pages that were there and were mapped by UFFDIO_CONTINUE.
+        pages_continued,
         /// Pages, of either kind, that were filled through the vmap's window, because the address space went on changing.
         pages_aside,
         /// Pages that were answered by SIGBUS, one for each process that touched them.
@@ -169,7 +178,7 @@ impl VmapStats {
     /// Returns the faults on its areas, one for each page that was looked up: threads that wait for the same page at once
     /// count once, where [`Stats::faults`] counts each.
     pub fn faults(&self) -> u64 {
-        self.faults_copied + self.faults_read + self.faults_zeroed + self.faults_refused
+        self.faults_copied + self.faults_read + self.faults_zeroed + self.faults_refused + self.faults_minor
     }
 
     /// Returns the bytes that were installed: copied, or zeros.

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 use libc::c_void;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
-use userfaultfd::Uffd;
+use userfaultfd::{RegisterMode, Uffd};
 
 use super::uapi::{self, UffdioContinue, UffdioCopy, UffdioPoison, UffdioWriteprotect, UffdioZeropage};
 use super::{Install, Ioctls, Message, MsgBuffer, Stop};
@@ -98,6 +98,14 @@ impl Userfault {
     /// pages, not mapped, or memory of a kind that can't be registered. ENOMEM: also a process that is gone.
     pub(crate) fn register_missing(&self, start: usize, len: usize) -> Result<Ioctls, Errno> {
         let ioctls = self.uffd.register(start as *mut c_void, len).map_err(errno_of)?;
+        Ok(Ioctls::from_bits(ioctls.bits()))
+    }
+
+    /// As [`register_missing`](Userfault::register_missing), and for *minor faults*: on pages that the file holds and that are
+    /// not mapped (Linux 5.14). The kernel then maps none of them by itself, and no neighbours of one either.
+    pub(crate) fn register_missing_and_minor(&self, start: usize, len: usize) -> Result<Ioctls, Errno> {
+        let mode = RegisterMode::MISSING | RegisterMode::MINOR;
+        let ioctls = self.uffd.register_with_mode(start as *mut c_void, len, mode).map_err(errno_of)?;
         Ok(Ioctls::from_bits(ioctls.bits()))
     }
 

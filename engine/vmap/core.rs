@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::ThreadId;
 
 use crossbeam_channel::Sender;
+use nix::errno::Errno;
 
 use super::object::{Object, Owner};
 use super::page_size::PageSize;
@@ -22,7 +23,7 @@ use crate::page::page_size;
 use crate::process::mapping::Mapping;
 use crate::stats::VmapCounters;
 use crate::stats::shards::Sharded;
-use crate::sys::Opener;
+use crate::sys::{Ioctls, Opener, Userfault};
 use crate::{Error, Result};
 
 pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
@@ -55,6 +56,8 @@ pub(crate) struct VmapCore {
     pub(crate) expandable: bool,
     /// What each mapping of it gets, in every process.
     pub(crate) residency: Residency,
+    /// What its object holds is mapped by the engine, in answer to a minor fault.
+    pub(crate) minor_faults: bool,
     refcount: AtomicUsize,
     count: Mutex<Count>,
     /// Signalled when an owed callback has run or a transition closure has returned.
@@ -125,6 +128,7 @@ impl VmapCore {
             nr_pages: AtomicU64::new(list.nr_pages()),
             expandable,
             residency: Residency::default(),
+            minor_faults: false,
             refcount: AtomicUsize::new(0),
             count: Mutex::default(),
             settled: Condvar::new(),
@@ -143,7 +147,12 @@ impl VmapCore {
 
     /// What a mapping of its backing object says of the pages that it shows.
     pub(crate) fn owner(&self) -> Owner {
-        Owner { vmap: self.id, base: self.object.base(), shared: self.object.is_shared() }
+        Owner {
+            vmap: self.id,
+            base: self.object.base(),
+            shared: self.object.is_shared(),
+            minor_faults: self.minor_faults,
+        }
     }
 
     pub(crate) fn nr_pages(&self) -> u64 {
@@ -158,6 +167,13 @@ impl VmapCore {
     pub(crate) fn object_bytes(&self) -> u64 {
         let nr_pages = self.nr_pages();
         self.page().whole(nr_pages).unwrap_or(nr_pages) * page_size() as u64
+    }
+
+    /// Registers a new mapping of its backing object.
+    pub(crate) fn register(&self, uffd: &Userfault, mapping: &Mapping) -> std::result::Result<Ioctls, Errno> {
+        let register =
+            if self.minor_faults { Userfault::register_missing_and_minor } else { Userfault::register_missing };
+        register(uffd, mapping.addr(), mapping.len())
     }
 
     /// Sets the residency on a new mapping; tells whether its pages stay in memory once they are there.

@@ -102,6 +102,11 @@ pub(crate) fn fill_some(
     pgoff.max(until)
 }
 
+/// Where the pages end that the list has nothing for, if a page is one of them.
+pub(crate) fn nothing_until(list: &Kiobuf, pgoff: u64) -> Option<u64> {
+    if pgoff < list.nr_pages() { hole_end(list, pgoff) } else { Some(u64::MAX) }
+}
+
 /// Where the hole ends that a page lies in.
 fn hole_end(list: &Kiobuf, pgoff: u64) -> Option<u64> {
     let extent = list.extent_at(pgoff).filter(|extent| extent.kind == ExtentKind::Hole)?;

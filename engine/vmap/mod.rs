@@ -69,6 +69,7 @@ pub struct VmapBuilder {
     expandable: bool,
     residency: Residency,
     backing: Backing,
+    minor_faults: bool,
     page: PageSize,
 }
 
@@ -82,6 +83,7 @@ impl VmapBuilder {
             expandable: false,
             residency: Residency::default(),
             backing: Backing::default(),
+            minor_faults: false,
             page: PageSize::default(),
         }
     }
@@ -132,6 +134,22 @@ impl VmapBuilder {
         self
     }
 
+    /// Has the engine map the pages that a memfd holds, many at once, where a vmap shows it itself ([`Backing::Shared`], which
+    /// this asks for too). Unless set, the kernel maps them without the engine.
+    ///
+    /// A region's touch of a page that is there and not mapped, a *minor fault*, is then answered as that of a missing one: with a
+    /// window of pages, which grows where a region is walked through ([`FaultAround`](crate::FaultAround)). They are mapped for
+    /// writing too. So a walk that *writes* takes a fault for each window instead of each page; the kernel maps several pages at
+    /// once for reads only. Touches here and there cost more than the kernel's own fault, and system calls on pages that are not
+    /// mapped answer `EFAULT` where faults of the kernel are not served
+    /// ([`OpenWay::serves_kernel_faults`](crate::OpenWay::serves_kernel_faults)). What is shown stays the same. After the
+    /// engine's end a forked child goes on to get the pages that the memfd holds.
+    #[must_use]
+    pub fn minor_faults(mut self) -> Self {
+        self.minor_faults = true;
+        self
+    }
+
     /// Sets the size of the pages that the vmap consists of; those of the system unless set ([`PageSize::Base`]).
     ///
     /// With huge pages, a touch brings a whole huge page of the list. Lists go on to count the system's pages; what the last
@@ -158,14 +176,17 @@ impl VmapBuilder {
     /// POISON; [`Error::Invalid`] with [`Backing::Shared`].
     ///
     /// [`Error::Invalid`] when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
-    /// way;
+    /// way; the same with [`VmapBuilder::minor_faults`], which [`Backing::Copied`] and
+    /// [`Delivery::InThread`](crate::Delivery::InThread) stand in the way of too;
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
     /// memory of the list lies in a region of an engine; [`Error::Unsupported`] for a [`PageSource`](crate::PageSource)
     /// without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
     /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
-        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, page } = self;
+        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page } =
+            self;
         owner_only(&shared, "publishing a vmap")?;
+        let backing = if minor_faults { backing_of_minor_faults(&shared, backing)? } else { backing };
         refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
         page.check_list(&list, shared.features)?;
@@ -205,6 +226,7 @@ impl VmapBuilder {
         }
         let mut core = VmapCore::new(&shared.opener, id, published, expandable, on_deref, user_data, notices)?;
         core.residency = residency;
+        core.minor_faults = minor_faults;
         // After the pool was asked: of the largest pages, it is much memory.
         crate::runtime::huge::provide(&shared, page)?;
         let core = Arc::new(core);
@@ -212,6 +234,18 @@ impl VmapBuilder {
         drop(claim);
         tell!(DEBUG, "kiomap::vmap", "published", engine = shared.id, vmap = core.id, nr_pages = core.nr_pages());
         Ok(Vmap { core, shared })
+    }
+}
+
+/// The backing of a vmap whose minor faults are the engine's to answer: no other has any.
+fn backing_of_minor_faults(shared: &EngineShared, backing: Backing) -> Result<Backing> {
+    let refused = |rule| Err(Error::Invalid { what: "minor_faults", value: 1, rule });
+    if shared.delivers_in_thread() {
+        return refused("a signal handler brings missing pages only: build the engine with Delivery::Handler");
+    }
+    match backing {
+        Backing::Copied => refused("pages that are copied are mapped when they come: it takes Backing::Shared"),
+        Backing::Shared | Backing::SharedIfPossible => Ok(Backing::Shared),
     }
 }
 

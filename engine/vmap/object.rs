@@ -43,6 +43,8 @@ pub(crate) struct Owner {
     pub(crate) base: u64,
     /// Mappings of the file need not be the engine's.
     pub(crate) shared: bool,
+    /// Pages that the file holds are mapped by the engine.
+    pub(crate) minor_faults: bool,
 }
 
 /// What a vmap's regions map.

@@ -51,6 +51,11 @@ impl Registry {
         self.lock().vmaps.get(&id).and_then(|(vmap, ..)| vmap.upgrade())
     }
 
+    /// Tells whether minor faults of any vmap are the engine's to answer. The caller is the only thread of a forked child.
+    pub(crate) fn has_minor_faults(&self) -> bool {
+        self.lock().vmaps.values().any(|(.., owner)| owner.minor_faults)
+    }
+
     pub(crate) fn find(&self, id: u64) -> Option<Arc<VmapCore>> {
         let _gate = gate();
         self.find_ungated(id)

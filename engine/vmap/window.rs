@@ -89,6 +89,12 @@ impl Window {
             && matches!(self.uffd.r#continue(addr, self.page.bytes()).stop, None | Some(Stop::Present))
     }
 
+    /// Maps a page of the object at an address of this process that is registered, whatever its address space is doing. It
+    /// wakes nobody. Other memory is left as it is.
+    pub(crate) fn map_at(&self, addr: usize) {
+        let _ = self.uffd.r#continue(addr, self.page.bytes());
+    }
+
     /// Looks which pages from `pgoff` on are in memory, as far as one answer tells: lseek(SEEK_HOLE) would look at all that
     /// follow, however many. A page that is swapped out is not.
     fn in_memory(&self, pgoff: u64, end: u64) -> impl Iterator<Item = bool> {

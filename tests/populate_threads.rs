@@ -1,0 +1,288 @@
+//! A large range is brought by several threads: what comes, what is told, and that nothing of them stays.
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::{ThreadId, available_parallelism};
+
+use kiomap::{AttachOptions, Error, Kiobuf, Region, Revoke, page_size};
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{ForkResult, Pid, fork};
+use support::raw::FAR;
+use support::scene::{Rng, at, settled, sourced_pages};
+use support::{
+    DEADLINE, alone, assert_sigbus, attached, engine_builder, holes, list_with_holes, mark, pages, reap_ok, source,
+    threads, touch,
+};
+
+/// More than what one thread brings alone.
+const MANY: u64 = 9_000;
+
+fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<usize> {
+    pages.start as usize * page_size()..pages.end as usize * page_size()
+}
+
+fn has_two_processors() -> bool {
+    available_parallelism().is_ok_and(|processors| processors.get() > 1)
+}
+
+/// Binds this thread to one of its processors while it does something.
+fn on_one_processor<T>(body: impl FnOnce() -> T) -> T {
+    let me = Pid::from_raw(0);
+    let before = sched_getaffinity(me).unwrap();
+    let mut one = CpuSet::new();
+    one.set((0..CpuSet::count()).find(|&cpu| before.is_set(cpu).unwrap()).unwrap()).unwrap();
+    sched_setaffinity(me, &one).unwrap();
+    let done = body();
+    sched_setaffinity(me, &before).unwrap();
+    done
+}
+
+#[track_caller]
+fn assert_marks(region: &Region, wanted: std::ops::Range<u64>) {
+    wanted.into_iter().for_each(|page| assert_eq!(touch::read(at(region, page)), Ok(mark(page)), "page {page}"));
+}
+
+/// What a populating that brought not all says.
+#[track_caller]
+fn missing(outcome: kiomap::Result<()>) -> (u64, u64, u64, String) {
+    match outcome {
+        Err(Error::NotPopulated { pgoff, missing, wanted, why }) => (pgoff, missing, wanted, why),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn helpers() -> usize {
+    threads().iter().filter(|name| *name == "kiomap-populate").count()
+}
+
+/// The threads that a source is called on.
+#[derive(Default)]
+struct Callers {
+    seen: Mutex<BTreeSet<String>>,
+    ids: Mutex<Vec<ThreadId>>,
+    news: Condvar,
+}
+
+impl Callers {
+    /// Notes the thread, and waits until there have been `wanted`.
+    fn come(&self, wanted: usize) {
+        let me = std::thread::current();
+        let mut ids = self.ids.lock().unwrap();
+        if !ids.contains(&me.id()) {
+            ids.push(me.id());
+            self.seen.lock().unwrap().insert(me.name().unwrap_or("none").to_owned());
+            self.news.notify_all();
+        }
+        let (ids, waited) = self.news.wait_timeout_while(ids, DEADLINE, |ids| ids.len() < wanted).unwrap();
+        drop(ids);
+        assert!(!waited.timed_out(), "{wanted} threads were to come");
+    }
+}
+
+/// T16: several threads bring a large range, at once, and have ended when the call returns; one alone where the caller may use
+/// one processor, or the range is small.
+#[test]
+fn threads_share_a_large_range_and_end_with_the_call() {
+    alone("threads_share_a_large_range_and_end_with_the_call", || {
+        needs_sources!();
+        let engine = engine_builder().build().unwrap();
+        let all = if has_two_processors() { 2 } else { 1 };
+        let populate = |range: std::ops::Range<u64>, wanted: usize| {
+            let callers = Arc::new(Callers::default());
+            let its = Arc::clone(&callers);
+            let list = source(MANY, move |_, _| {
+                its.come(wanted);
+                Ok(())
+            });
+            let (_vmap, region) = attached(&engine, &list);
+            region.populate(bytes(range.clone())).unwrap();
+            assert_eq!(helpers(), 0);
+            assert_marks(&region, range);
+            callers.ids.lock().unwrap().len()
+        };
+        assert!((all..=4).contains(&populate(0..MANY, all)));
+        assert_eq!(populate(0..8192, 1), 1);
+        assert_eq!(on_one_processor(|| populate(0..MANY, 1)), 1);
+    });
+}
+
+/// T77: holes in several steps, a failed source, what is unmapped and what lies past the end are told as by one thread: the first
+/// page, how many, why.
+#[test]
+fn what_can_not_be_had_is_told_as_by_one_thread() {
+    alone("what_can_not_be_had_is_told_as_by_one_thread", || {
+        let engine = engine_builder().build().unwrap();
+        let is_hole = |page: u64| page >= 1000 && page % 700 < 30;
+        let list = || {
+            let mut list = list_with_holes(MANY, is_hole);
+            // What would take hours if it were looked at page by page.
+            list.expand(&holes(1 << 28)).unwrap();
+            list.expand(&pages(3000)).unwrap();
+            list
+        };
+        let tell = |cut: Option<u64>| {
+            let vmap = engine.vmap(&list()).unwrap();
+            let pages = vmap.nr_pages() + 5000;
+            let options = AttachOptions::new().len_bytes(pages as usize * page_size()).at(FAR);
+            let region = vmap.attach(&options).unwrap();
+            if let Some(page) = cut {
+                // SAFETY: nothing refers to the pages.
+                assert_eq!(unsafe { libc::munmap(at(&region, page).cast(), 600 * page_size()) }, 0);
+            }
+            let told = missing(region.populate(0..region.len_bytes()));
+            let is_there = |page: &u64| !is_hole(*page) && !cut.is_some_and(|cut| (cut..cut + 600).contains(page));
+            (0..MANY).filter(is_there).for_each(|page| assert_eq!(touch::read(at(&region, page)), Ok(mark(page))));
+            assert_sigbus(&region, 4900);
+            told
+        };
+        for cut in [None, Some(0), Some(500), Some(8200)] {
+            let told = tell(cut);
+            assert_eq!(told, on_one_processor(|| tell(cut)), "{cut:?}");
+            let first = (0..MANY).find(|&page| is_hole(page)).unwrap();
+            assert_eq!(told.0, cut.map_or(first, |cut| first.min(cut)));
+        }
+    });
+}
+
+/// T65, T107: populating among faults, unmaps, exchanged lists and revokes: each page is right or SIGBUS, and nobody hangs.
+#[test]
+fn among_faults_unmaps_and_revokes_no_wrong_byte_comes() {
+    alone("among_faults_unmaps_and_revokes_no_wrong_byte_comes", || {
+        let engine = engine_builder().build().unwrap();
+        let with_sources = !support::taken_away().contains(kiomap::Features::THREAD_ID);
+        for seed in 0..6 {
+            let list = if seed % 2 == 0 || !with_sources { pages(MANY) } else { sourced_pages(MANY) };
+            let vmap = engine.vmap_builder(&list).expandable().build().unwrap();
+            let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
+            let cut = 1000 * (1 + seed % 5);
+            std::thread::scope(|scope| {
+                let (region, vmap) = (&region, &vmap);
+                for populating in 0..2 {
+                    scope.spawn(move || match region.populate(bytes(200 * populating..MANY)) {
+                        Ok(()) | Err(Error::NotPopulated { .. }) => {}
+                        Err(other) => panic!("{other}"),
+                    });
+                }
+                scope.spawn(move || {
+                    let mut order: Vec<u64> = (0..MANY).collect();
+                    Rng::new(seed).shuffle(&mut order);
+                    for page in order {
+                        match touch::read(at(region, page)) {
+                            Ok(byte) => assert_eq!(byte, mark(page), "page {page}"),
+                            Err(refused) => assert!(
+                                (seed % 3 != 0 && refused.is_sigbus_at(at(region, page) as usize))
+                                    || ((cut..cut + 500).contains(&page) && refused.is_sigsegv()),
+                                "page {page}: {refused:?}"
+                            ),
+                        }
+                    }
+                });
+                scope.spawn(move || {
+                    Rng::new(seed).dawdle(3_000_000);
+                    // SAFETY: nothing refers to the pages.
+                    assert_eq!(unsafe { libc::munmap(at(region, cut).cast(), 500 * page_size()) }, 0);
+                    match seed % 3 {
+                        0 => vmap.expand(&pages(10)).unwrap(),
+                        1 => vmap.revoke(Revoke::Soft).unwrap(),
+                        _ => vmap.revoke(Revoke::Hard).unwrap(),
+                    }
+                });
+            });
+            assert_eq!(helpers(), 0);
+            settled(&engine, &vmap, 2);
+        }
+    });
+}
+
+/// T98: where no thread can be started, the caller does it all.
+#[test]
+fn without_room_for_threads_the_caller_brings_all() {
+    alone("without_room_for_threads_the_caller_brings_all", || {
+        let engine = engine_builder().build().unwrap();
+        let (_vmap, region) = attached(&engine, &pages(MANY));
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let size = statm.split(' ').next().unwrap().parse::<u64>().unwrap() * page_size() as u64;
+        let (soft, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
+        // Less than a stack more.
+        setrlimit(Resource::RLIMIT_AS, size + (256 << 10), hard).unwrap();
+        let outcome = region.populate(0..region.len_bytes());
+        setrlimit(Resource::RLIMIT_AS, soft, hard).unwrap();
+        outcome.unwrap();
+        assert_marks(&region, 0..MANY);
+    });
+}
+
+/// A source of which a call fails ends nothing else; one that ends the engine ends the call, on every thread.
+#[test]
+fn a_shutdown_meanwhile_ends_the_call() {
+    alone("a_shutdown_meanwhile_ends_the_call", || {
+        needs_sources!();
+        let engine = Arc::new(engine_builder().build().unwrap());
+        let begun = Arc::new((Mutex::new(false), Condvar::new()));
+        let its = Arc::clone(&begun);
+        let list = source(MANY, move |_, _| {
+            *its.0.lock().unwrap() = true;
+            its.1.notify_all();
+            Ok(())
+        });
+        let (_vmap, region) = attached(&engine, &list);
+        let outcome = std::thread::scope(|scope| {
+            let populating = scope.spawn(|| region.populate(0..region.len_bytes()));
+            drop(begun.1.wait_while(begun.0.lock().unwrap(), |begun| !*begun).unwrap());
+            engine.shutdown(kiomap::Shutdown::Poison).unwrap();
+            populating.join().unwrap()
+        });
+        match outcome {
+            Ok(()) | Err(Error::NotPopulated { .. }) => {}
+            Err(error) => assert_eq!(error.errno(), Errno::ESHUTDOWN),
+        }
+        assert_eq!(helpers(), 0);
+    });
+}
+
+/// T74: a source that forks, and returns in the child: neither side waits for threads that are the other's.
+#[test]
+fn a_source_that_forks_leaves_nobody_waiting() {
+    alone("a_source_that_forks_leaves_nobody_waiting", || {
+        needs_sources!();
+        for on_caller in [true, false] {
+            if !on_caller && !has_two_processors() {
+                continue;
+            }
+            let engine = engine_builder().build().unwrap();
+            let (forked, child) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+            let callers = Arc::new(Callers::default());
+            let (caller, me) = (std::thread::current().id(), std::process::id());
+            let (its, its_child) = (Arc::clone(&callers), Arc::clone(&child));
+            let list: Kiobuf = source(MANY, move |_, _| {
+                if std::process::id() == me {
+                    its.come(if has_two_processors() { 2 } else { 1 });
+                }
+                let here = (std::thread::current().id() == caller) == on_caller;
+                if here && !forked.swap(true, Ordering::SeqCst) {
+                    // SAFETY: the child goes on with the library alone, and ends.
+                    if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
+                        its_child.store(child.as_raw() as u64, Ordering::SeqCst);
+                    }
+                }
+                Ok(())
+            });
+            let (_vmap, region) = attached(&engine, &list);
+            let outcome = region.populate(0..region.len_bytes());
+            if std::process::id() != me {
+                let refused = outcome.is_err_and(|error| error.errno() == Errno::EPERM);
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(i32::from(!refused)) };
+            }
+            outcome.unwrap();
+            assert_eq!(helpers(), 0);
+            assert_marks(&region, 0..MANY);
+            reap_ok(Pid::from_raw(child.load(Ordering::SeqCst) as i32));
+        }
+    });
+}
