@@ -46,6 +46,8 @@ pub(super) enum Step {
     Again(Why),
     /// The fault-handling thread was asked.
     Asked(&'static Ask),
+    /// This engine does not know the address.
+    Unknown,
 }
 
 /// Why it is not decided yet.
@@ -182,12 +184,13 @@ impl Board {
                 add(&self.counters.answered.signalled().poisoned, 1);
             }
             Step::Again(_) => add(&self.all().parked, 1),
-            Step::Retry | Step::Asked(_) => {}
+            Step::Retry | Step::Asked(_) | Step::Unknown => {}
         }
         Some(step)
     }
 
-    /// Answers a touch outside every area, if it is of memory that is registered: perhaps an area has grown.
+    /// Answers a touch outside every area, if it is of memory that is registered, be it with another engine: perhaps an area
+    /// has grown.
     pub(super) fn answer_stray(&self, addr: usize, asks: &'static [Ask; ASKS]) -> Option<Step> {
         let addr = page_floor(addr);
         match self.uffd.r#continue(addr, page_size()).stop {
@@ -203,8 +206,7 @@ impl Board {
         let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
         if self.shared.keeper.is_thread(tid) {
             // Code of the application, on the thread that would look the address up.
-            add(&self.all().strays, 1);
-            return Some(Step::Sigbus);
+            return Some(Step::Unknown);
         }
         let Some(ask) = asks.iter().find(|ask| ask.put(addr)) else { return Some(Step::Again(Why::Changing)) };
         self.shared.handler.nudge();
@@ -234,10 +236,13 @@ impl Board {
                     TryRead::WouldBlock | TryRead::Failed(_) => touch.failed(),
                 }
             }
-            // Unless the object came to hold it meanwhile, or before its list was taken back.
-            Nopage::Sigbus(_) if touch.is_held() => Step::Retry,
-            Nopage::Sigbus(_) => Step::Sigbus,
+            Nopage::Sigbus(_) => touch.refuse(),
         }
+    }
+
+    /// Counts a touch that no engine knows.
+    pub(super) fn count_stray(&self) {
+        add(&self.all().strays, 1);
     }
 
     /// The counters that a signal handler may reach.
@@ -375,6 +380,20 @@ impl Touch<'_> {
             // Dropped meanwhile, or not to be read back: the number of tries decides.
             Some(Stop::Present) => Step::Again(Why::Changing),
             Some(stop) => self.not_installed(stop),
+        }
+    }
+
+    /// Refuses a page that the list has not, if the area is still there: what was unmapped with an event that is not read yet
+    /// may be another engine's by now. The kernel knows: until the event is read, it says that the address space is changing.
+    fn refuse(&self) -> Step {
+        match self.board.uffd.r#continue(self.addr, page_size()).stop {
+            // The object came to hold it meanwhile, or before its list was taken back.
+            None | Some(Stop::Present) => Step::Retry,
+            Some(Stop::Changing) if self.aside && self.is_held() => Step::Retry,
+            Some(Stop::Changing) => Step::Again(Why::Changing),
+            Some(Stop::NoMemory) => Step::Again(Why::NoMemory),
+            Some(Stop::Unmapped) => Step::Again(Why::Unmapped),
+            Some(Stop::BadSource | Stop::Gone | Stop::Other(_)) => Step::Sigbus,
         }
     }
 

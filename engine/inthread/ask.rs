@@ -95,12 +95,11 @@ impl Asked {
     }
 
     /// Answers the thread that waits for a lookup, if one does.
-    pub(super) fn found(&mut self, lookup: LookupId, again: bool) -> bool {
-        let waiting = self.lookups.iter_mut().position(|held| *held == Some(lookup));
-        let Some(index) = waiting else { return false };
-        self.lookups[index] = None;
-        self.asks[index].answer(again);
-        true
+    pub(super) fn found(&mut self, lookup: LookupId, again: bool) {
+        if let Some(index) = self.lookups.iter().position(|held| *held == Some(lookup)) {
+            self.lookups[index] = None;
+            self.asks[index].answer(again);
+        }
     }
 
     /// Refuses whoever waits: nothing is served any more.
