@@ -7,8 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kiomap::{AttachOptions, Engine, Error, Kiobuf, PopulateOptions, Region, Revoke, Shutdown, page_size};
+use kiomap::{AttachOptions, Engine, Error, Kiobuf, PageSize, PopulateOptions, Region, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
+use support::pool::{HUGE, per_huge, with_pool};
 use support::raw::FAR;
 use support::scene::{GatedSource, Rng, at, child, settled, sourced_pages};
 use support::{
@@ -133,6 +134,62 @@ fn what_can_not_be_had_is_an_error_and_the_rest_is_there() {
         }
         for (start, end) in [(0, region.len_bytes() + 1), (2, 1), (usize::MAX, usize::MAX)] {
             assert_eq!(region.populate(start..end).unwrap_err().errno(), Errno::EINVAL);
+        }
+    });
+}
+
+/// T77: what is SIGBUS since a touch, because its source failed then, is there after a prefault.
+#[test]
+fn prefault_brings_what_was_refused_before() {
+    alone("prefault_brings_what_was_refused_before", || {
+        needs_sources!();
+        let engine = engine();
+        let failing = Arc::new(AtomicBool::new(true));
+        let fails = Arc::clone(&failing);
+        let list = source(10, move |_, _| {
+            if fails.load(Ordering::SeqCst) { Err(std::io::ErrorKind::InvalidInput.into()) } else { Ok(()) }
+        });
+        let (_vmap, region) = attached(&engine, &list);
+        assert_sigbus(&region, 4);
+        assert!(matches!(region.prefault(bytes(4..6)), Err(Error::NoPage { pgoff: 4, .. })));
+        failing.store(false, Ordering::SeqCst);
+        region.prefault(bytes(3..6)).unwrap();
+        // A mask is taken off by a touch, of which a system call is none.
+        if engine.features().contains(kiomap::Features::POISON) {
+            assert_marks(&region, 3..6);
+        }
+    });
+}
+
+/// The list may end within a huge page: that is there to its end, however it is brought, and the next one is not.
+#[test]
+fn the_last_huge_page_is_brought_as_a_whole() {
+    with_pool("the_last_huge_page_is_brought_as_a_whole", || {
+        let (engine, huge) = (engine(), per_huge());
+        let attach = |list: &Kiobuf| {
+            let vmap = engine.vmap_builder(list).page_size(PageSize::Huge2M).build().unwrap();
+            vmap.attach(&AttachOptions::new().len_bytes(3 * HUGE)).unwrap()
+        };
+        let list = pages(huge + 5);
+        for first in [0, huge, huge + 4, huge + 5, 2 * huge - 1] {
+            attach(&list).populate(bytes(first..2 * huge)).unwrap();
+            attach(&list).prefault(bytes(first..2 * huge)).unwrap();
+            let region = attach(&list);
+            let populating = region.populate_in_background(bytes(first..3 * huge), PopulateOptions::new()).unwrap();
+            let done = populating.wait().unwrap();
+            assert_eq!((done.pages_done, done.pages_failed), (3 * huge - first, huge));
+            // It is there, and in a list that was taken back too.
+            assert_missing(region.populate(bytes(first..3 * huge)), 2 * huge, huge);
+            region.vmap().revoke(Revoke::Soft).unwrap();
+            assert_missing(region.populate(bytes(first..3 * huge)), 2 * huge, huge);
+            assert_eq!(read_page(&region, 2 * huge - 1), Ok(0));
+            assert_sigbus(&region, 2 * huge);
+        }
+        // A hole at its end is a whole huge page too.
+        let list = Kiobuf::concat(&[pages(huge), holes(3)]).unwrap();
+        for first in [0, huge, huge + 2, huge + 3, 2 * huge - 1] {
+            let missing = first.max(huge);
+            assert_missing(attach(&list).populate(bytes(first..2 * huge)), missing, 2 * huge - missing);
         }
     });
 }

@@ -406,7 +406,7 @@ impl Vmap {
     }
 
     /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
-    pub(crate) fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
+    fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
         owner_only(&self.shared, "reading or writing a vmap without a region")?;
         if threads::current_role(self.shared.id) == Some(Role::Worker) {
             return Err(Error::WouldDeadlock { what: "reading or writing a vmap", thread: "worker" });
