@@ -35,6 +35,9 @@ use crate::{Error, Result};
 /// The most engines of one process that are served this way at once. Each touch looks at all of them.
 const ENGINES: usize = 64;
 
+/// How often a touch that no engine knows is looked at once more: each time, its memory may just have been exchanged.
+const MOST_REFUSALS: u32 = 8;
+
 /// A place. All of its bytes zero is a free one; apart from its neighbours in the processors' caches.
 #[repr(align(128))]
 struct Place {
@@ -172,7 +175,7 @@ impl Drop for Desk {
 pub(super) fn answer(addr: usize, access: Access) -> bool {
     let Some(places) = places() else { return false };
     let mut tries = Tries::new(addr, access);
-    let mut refused = false;
+    let mut refusals = 0;
     // The first place whose engine has not said yet that it does not know the address.
     let mut unasked = 0;
     loop {
@@ -183,15 +186,18 @@ pub(super) fn answer(addr: usize, access: Access) -> bool {
             Some((_, Step::Retry)) => return true,
             Some((_, Step::Sigbus)) => return false,
             None if can_be_touched(addr, access) => return true,
-            None if refused => {
+            None if refusals == MOST_REFUSALS => {
                 if let Some(last) = unasked.checked_sub(1) {
-                    at_any(places, last, |board, _| Some(board.count_stray()));
+                    at_any(places, last, |board, _| {
+                        board.count_stray();
+                        Some(())
+                    });
                 }
                 return false;
             }
-            // Perhaps it became an area after it was looked up, and before the kernel refused it.
+            // Perhaps it became an area after it was looked up and before the kernel refused it, and is none by now.
             None => {
-                refused = true;
+                refusals += 1;
                 continue;
             }
             Some((_, Step::Again(why))) => tries.wait(why),
