@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize
 use memmap2::MmapRaw;
 
 use super::ask::{ASKS, Ask};
-use crate::kiobuf::{Nopage, TryRead};
+use crate::kiobuf::TryRead;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::runtime::around::FaultAround;
+use crate::runtime::plan::{Plan, plan};
 use crate::runtime::resolve::Source;
 use crate::runtime::shared::EngineShared;
 use crate::space::Target;
@@ -216,18 +217,16 @@ impl Board {
     fn resolve(&self, area: &Area<Target>, tries: &Tries, first: bool) -> Step {
         let pgoff = area.pgoff_of(tries.addr);
         let touch = Touch { board: self, area, addr: tries.addr, pgoff, aside: tries.changing >= TRIES_BEFORE_ASIDE };
-        let found = area.target.list.nopage(pgoff);
+        let plan = plan(self.fault_around, area, pgoff);
         if first {
-            self.count_found(area, &found);
-        }
-        match found {
-            Nopage::Direct { src, run } => {
-                let window = self.fault_around.window(area, &run, pgoff, false);
-                let src = src.wrapping_add((window.start - run.start) as usize * page_size());
-                touch.install(window, Source::Memory(src))
+            for counter in plan.counters(self.all(), of(area)) {
+                add(counter, 1);
             }
-            Nopage::Zero { run } => touch.install(self.fault_around.window(area, &run, pgoff, false), Source::Zeros),
-            Nopage::Read { .. } => {
+        }
+        match plan {
+            Plan::Copy { pages, src } => touch.install(pages, Source::Memory(src)),
+            Plan::Zero { pages } => touch.install(pages, Source::Zeros),
+            Plan::Read { .. } => {
                 // A page with slack: composed from memory.
                 let Some(bounce) = self.bounces.take() else { return Step::Again(Why::Changing) };
                 match area.target.list.try_read_pages(pgoff, bounce.bytes()) {
@@ -236,7 +235,7 @@ impl Board {
                     TryRead::WouldBlock | TryRead::Failed(_) => touch.failed(),
                 }
             }
-            Nopage::Sigbus(_) => touch.refuse(),
+            Plan::Sigbus => touch.refuse(),
         }
     }
 
@@ -250,39 +249,9 @@ impl Board {
         self.shared.counters.signalled()
     }
 
-    /// Counts a fault by what its page is.
-    fn count_found(&self, area: &Area<Target>, found: &Nopage) {
-        let (all, own) = (self.all(), of(area));
-        let kind = match found {
-            Nopage::Direct { .. } => [&all.faults_copied, &own.faults_copied],
-            Nopage::Read { .. } => [&all.faults_read, &own.faults_read],
-            Nopage::Zero { .. } => [&all.faults_zeroed, &own.faults_zeroed],
-            Nopage::Sigbus(_) => [&all.faults_refused, &own.faults_refused],
-        };
-        kind.into_iter().for_each(|counter| add(counter, 1));
-    }
-
     /// Counts what an ioctl installed, or why it did not.
     fn count_installed(&self, area: &Area<Target>, source: &Source, install: Install) {
-        let (all, own) = (self.all(), of(area));
-        let pages = (install.bytes / page_size()) as u64;
-        match install.stop {
-            Some(Stop::Changing) if pages == 0 => add(&all.changing, 1),
-            Some(Stop::Unmapped) => add(&all.unmapped, 1),
-            _ => {}
-        }
-        if pages == 0 {
-            return;
-        }
-        add(&self.counters.answered.signalled().pages, pages);
-        let kinds: &[_] = match source {
-            Source::Zeros => &[[&all.pages_zeroed, &own.pages_zeroed]],
-            Source::Memory(_) => &[[&all.pages_copied, &own.pages_copied]],
-            Source::Read(_) | Source::ReadByWorker(_) => {
-                &[[&all.pages_copied, &own.pages_copied], [&all.pages_read, &own.pages_read]]
-            }
-        };
-        kinds.iter().flatten().for_each(|counter| add(counter, pages));
+        source.count(install, self.all(), of(area), self.counters.answered.signalled(), add);
     }
 }
 

@@ -7,6 +7,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::sys::futex;
+
 /// The crossing is closed, or somebody waits until it is empty.
 const CLOSED: u32 = 1 << 31;
 /// Somebody sleeps until it is open.
@@ -43,7 +45,7 @@ impl Crossing {
                 looks += 1;
                 std::hint::spin_loop();
             } else if state & SLEEPERS != 0 || self.exchange(state, state | SLEEPERS) {
-                self.sleep(state | SLEEPERS);
+                futex::wait(&self.0, state | SLEEPERS);
             }
         }
     }
@@ -57,7 +59,7 @@ impl Crossing {
                 looks += 1;
                 std::hint::spin_loop();
             } else {
-                self.sleep(state);
+                futex::wait(&self.0, state);
             }
             state = self.0.load(Ordering::Acquire);
         }
@@ -83,25 +85,8 @@ impl Crossing {
         }
     }
 
-    /// Sleeps while the state is this one.
-    fn sleep(&self, state: u32) {
-        // SAFETY: the word outlives the call. A return for whatever reason is followed by a look at the word.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.0.as_ptr(),
-                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                state,
-                std::ptr::null::<libc::timespec>(),
-            )
-        };
-    }
-
     fn wake(&self) {
-        // SAFETY: FUTEX_WAKE takes the address as a key.
-        unsafe {
-            libc::syscall(libc::SYS_futex, self.0.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX)
-        };
+        futex::wake(self.0.as_ptr(), i32::MAX);
     }
 }
 
