@@ -57,30 +57,32 @@ mod teller {
     use crossbeam_channel::{Receiver, Sender};
 
     use super::WAITING;
+    use crate::process::depth;
     use crate::runtime::threads::{self, Role};
 
     type Event = Box<dyn FnOnce() + Send>;
 
     struct Teller {
-        /// The process in which its thread is.
+        /// The [`depth`] of the process in which its thread is. Process ids would not tell: each namespace has its own.
         process: u32,
         events: Sender<Event>,
     }
 
     /// Never freed: a forked child may still look at its parent's, and others at one that they have just found.
     static TELLER: AtomicPtr<Teller> = AtomicPtr::new(ptr::null_mut());
-    /// The process that builds engines: a forked child that only uses its parent's gets no thread for this.
-    static BUILDS: AtomicU32 = AtomicU32::new(0);
+    const NOBODY: u32 = u32::MAX;
+    /// The depth of the process that builds engines: a forked child that only uses its parent's gets no thread for this.
+    static BUILDS: AtomicU32 = AtomicU32::new(NOBODY);
     static LOST: AtomicU64 = AtomicU64::new(0);
 
     /// Says that this process builds an engine: it tells of it.
     pub(crate) fn process_builds() {
-        BUILDS.store(std::process::id(), Ordering::Relaxed);
+        BUILDS.store(depth(), Ordering::Relaxed);
     }
 
     /// Has an event told.
     pub(crate) fn send(event: Event) {
-        let process = std::process::id();
+        let process = depth();
         if BUILDS.load(Ordering::Relaxed) != process {
             return;
         }
@@ -133,7 +135,7 @@ mod teller {
                     LOST.fetch_add(lost, Ordering::Relaxed);
                 }
             }
-            if std::process::id() != process {
+            if depth() != process {
                 // The subscriber forked and returned in the child.
                 threads::end_child();
             }

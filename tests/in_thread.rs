@@ -3,13 +3,14 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiomap::{
-    Arena, AttachOptions, Delivery, Engine, EngineBuilder, Error, Features, Kiobuf, OpenWay, Revoke, Shutdown,
-    page_size,
+    Arena, AttachOptions, Delivery, Engine, EngineBuilder, Error, Features, Kiobuf, OpenWay, Placement, Revoke,
+    Shutdown, page_size,
 };
 use nix::errno::Errno;
 use nix::unistd::{read, write};
@@ -218,6 +219,87 @@ fn what_nobody_knows_is_sigbus() {
         drop(region);
         assert_count(&engine, &vmap, 0);
     });
+}
+
+/// T41: what one engine does not know may be another's: each of several finds the part that its region has grown by, and
+/// none counts the others' as strays.
+#[test]
+fn what_one_engine_does_not_know_is_asked_of_the_next() {
+    alone("what_one_engine_does_not_know_is_asked_of_the_next", || {
+        let engines = [FAR, ELSEWHERE, ELSEWHERE + (1 << 36)].map(|base| {
+            let engine = builder().fault_around_pages(1).build().unwrap();
+            let vmap = engine.vmap(&pages(16)).unwrap();
+            let region = vmap.attach(&long(4).at(base)).unwrap();
+            (engine, region, base)
+        });
+        for (engine, _, base) in &engines {
+            assert_eq!(raw::mremap(*base, 4, 12, 0, 0), *base);
+            assert_shows(raw::page(*base, 4), 4..12);
+            assert_eq!(engine.stats().adopted, 1);
+        }
+        assert!(engines.iter().all(|(engine, ..)| engine.stats().strays == 0));
+    });
+}
+
+/// T33: an engine that has not read yet that its hole was unmapped refuses no page of another engine that lies there by now.
+#[test]
+fn a_hole_that_was_unmapped_refuses_nobody_else() {
+    alone("a_hole_that_was_unmapped_refuses_nobody_else", || {
+        let before = tids();
+        let late = builder().placement(Placement::Pinned(vec![0])).handlers(1).build().unwrap();
+        for tid in tids().difference(&before) {
+            // SAFETY: a thread of this process gets the processor after all others.
+            assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, *tid as libc::id_t, 19) }, 0);
+        }
+        let other = builder().fault_around_pages(1).build().unwrap();
+        let of_holes = late.vmap(&holes(4)).unwrap();
+        // Keeps the first one's thread from its processor.
+        let (busy, turns, ended) = (AtomicBool::new(false), AtomicU64::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                pin_to_first_processor();
+                while !ended.load(Ordering::Relaxed) {
+                    while busy.load(Ordering::Relaxed) {
+                        turns.fetch_add(1, Ordering::Relaxed);
+                    }
+                    std::thread::yield_now();
+                }
+            });
+            for _ in 0..10 {
+                // Of which nothing is there yet.
+                let of_pages = other.vmap(&pages(4)).unwrap();
+                let region = of_holes.attach(&long(4).at(FAR)).unwrap();
+                assert_sigbus(&region, 0);
+                let turn = turns.load(Ordering::Relaxed);
+                busy.store(true, Ordering::Relaxed);
+                while turns.load(Ordering::Relaxed) == turn {
+                    std::thread::yield_now();
+                }
+                scope.spawn(|| raw::munmap(FAR as *mut u8, 4));
+                let mine = loop {
+                    // Refused as long as the holes are there.
+                    if let Ok(mine) = of_pages.attach(&long(4).at(FAR)) {
+                        break mine;
+                    }
+                };
+                assert_shows(FAR, 0..4);
+                busy.store(false, Ordering::Relaxed);
+                drop((region, mine));
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+    });
+}
+
+fn tids() -> BTreeSet<i32> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect()
+}
+
+fn pin_to_first_processor() {
+    let mut first = nix::sched::CpuSet::new();
+    first.set(0).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &first).unwrap();
 }
 
 /// T70, T72: threads touch while others unmap, map over, move and attach anew at the same addresses: each touch finds the

@@ -491,4 +491,8 @@ fn what_has_no_minor_faults_is_refused() {
     let in_thread = engine_builder().delivery(Delivery::InThread).build().unwrap();
     assert_eq!(named(in_thread.vmap_builder(&list).minor_faults().build()), "minor_faults");
     assert!(engine.vmap_builder(&list).backing(Backing::Shared).minor_faults().build().is_ok());
+    // Whose fault it is must be known: the engine looks up by itself what a locked region gains by mremap.
+    let nameless = engine_builder().without(Features::THREAD_ID).build().unwrap();
+    let refused = nameless.vmap_builder(&list).minor_faults().build().unwrap_err();
+    assert!(matches!(refused, Error::Unsupported { missing: Features::THREAD_ID, .. }), "{refused}");
 }

@@ -2,11 +2,14 @@
 
 mod support;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use kiomap::{AttachOptions, Engine, Error, Kiobuf, PopulateOptions, Region, Revoke, Shutdown, page_size};
+use kiomap::{AttachOptions, Engine, Error, Kiobuf, PageSize, PopulateOptions, Region, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
+use support::pool::{HUGE, per_huge, with_pool};
 use support::raw::FAR;
 use support::scene::{GatedSource, Rng, at, child, settled, sourced_pages};
 use support::{
@@ -22,13 +25,19 @@ fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<usize> {
     pages.start as usize * page_size()..pages.end as usize * page_size()
 }
 
-/// The pages of a region that are mapped in this process, as the kernel counts them.
+/// The pages of a region that are mapped in this process, as the kernel's page table has them.
 fn mapped(region: &Region) -> u64 {
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let start = format!("{:x}-", region.as_ptr() as usize);
-    let lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
-    let rss = lines.into_iter().find_map(|line| line.strip_prefix("Rss:")).unwrap();
-    rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024 / page_size() as u64
+    mapped_of(region, 0..(region.len_bytes() / page_size()) as u64)
+}
+
+/// As [`mapped`], of these pages of the region.
+fn mapped_of(region: &Region, pages: std::ops::Range<u64>) -> u64 {
+    const PRESENT: u64 = 1 << 63;
+    let first = (region.as_ptr() as usize / page_size()) as u64 + pages.start;
+    let mut entries = vec![0; (pages.end - pages.start) as usize * size_of::<u64>()];
+    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first * size_of::<u64>() as u64).unwrap();
+    let entries = entries.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
+    entries.filter(|entry| entry & PRESENT != 0).count() as u64
 }
 
 /// Pages of a source, where there are any.
@@ -129,6 +138,62 @@ fn what_can_not_be_had_is_an_error_and_the_rest_is_there() {
     });
 }
 
+/// T77: what is SIGBUS since a touch, because its source failed then, is there after a prefault.
+#[test]
+fn prefault_brings_what_was_refused_before() {
+    alone("prefault_brings_what_was_refused_before", || {
+        needs_sources!();
+        let engine = engine();
+        let failing = Arc::new(AtomicBool::new(true));
+        let fails = Arc::clone(&failing);
+        let list = source(10, move |_, _| {
+            if fails.load(Ordering::SeqCst) { Err(std::io::ErrorKind::InvalidInput.into()) } else { Ok(()) }
+        });
+        let (_vmap, region) = attached(&engine, &list);
+        assert_sigbus(&region, 4);
+        assert!(matches!(region.prefault(bytes(4..6)), Err(Error::NoPage { pgoff: 4, .. })));
+        failing.store(false, Ordering::SeqCst);
+        region.prefault(bytes(3..6)).unwrap();
+        // A mask is taken off by a touch, of which a system call is none.
+        if engine.features().contains(kiomap::Features::POISON) {
+            assert_marks(&region, 3..6);
+        }
+    });
+}
+
+/// The list may end within a huge page: that is there to its end, however it is brought, and the next one is not.
+#[test]
+fn the_last_huge_page_is_brought_as_a_whole() {
+    with_pool("the_last_huge_page_is_brought_as_a_whole", || {
+        let (engine, huge) = (engine(), per_huge());
+        let attach = |list: &Kiobuf| {
+            let vmap = engine.vmap_builder(list).page_size(PageSize::Huge2M).build().unwrap();
+            vmap.attach(&AttachOptions::new().len_bytes(3 * HUGE)).unwrap()
+        };
+        let list = pages(huge + 5);
+        for first in [0, huge, huge + 4, huge + 5, 2 * huge - 1] {
+            attach(&list).populate(bytes(first..2 * huge)).unwrap();
+            attach(&list).prefault(bytes(first..2 * huge)).unwrap();
+            let region = attach(&list);
+            let populating = region.populate_in_background(bytes(first..3 * huge), PopulateOptions::new()).unwrap();
+            let done = populating.wait().unwrap();
+            assert_eq!((done.pages_done, done.pages_failed), (3 * huge - first, huge));
+            // It is there, and in a list that was taken back too.
+            assert_missing(region.populate(bytes(first..3 * huge)), 2 * huge, huge);
+            region.vmap().revoke(Revoke::Soft).unwrap();
+            assert_missing(region.populate(bytes(first..3 * huge)), 2 * huge, huge);
+            assert_eq!(read_page(&region, 2 * huge - 1), Ok(0));
+            assert_sigbus(&region, 2 * huge);
+        }
+        // A hole at its end is a whole huge page too.
+        let list = Kiobuf::concat(&[pages(huge), holes(3)]).unwrap();
+        for first in [0, huge, huge + 2, huge + 3, 2 * huge - 1] {
+            let missing = first.max(huge);
+            assert_missing(attach(&list).populate(bytes(first..2 * huge)), missing, 2 * huge - missing);
+        }
+    });
+}
+
 /// T33, T14: what other code unmapped is not there, what a revoke left is, and after a shutdown nothing comes.
 #[test]
 fn unmapped_revoked_and_ended_regions_are_told() {
@@ -164,7 +229,8 @@ fn a_child_populates_too() {
         reap_ok(child(|| {
             if serves {
                 region.populate(bytes(200..1500)).unwrap();
-                assert_eq!(mapped(&region), 1300);
+                // Neighbours of what was asked for may have come with it.
+                assert_eq!(mapped_of(&region, 200..1500), 1300);
                 assert_marks(&region, 0..1500);
                 assert_missing(region.populate(bytes(1400..1503)), 1500, 3);
             } else {

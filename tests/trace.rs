@@ -7,7 +7,6 @@ use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiomap::{AttachOptions, Shutdown, page_size};
-use nix::unistd::gettid;
 use support::scene::{at, child};
 use support::{alone, attached, engine_builder, eventually, mark, pages, read_page, reap_ok, source, touch};
 use tracing::field::{Field, Visit};
@@ -61,7 +60,7 @@ impl Subscriber for Notes {
     fn record(&self, _: &Id, _: &Record<'_>) {}
     fn record_follows_from(&self, _: &Id, _: &Id) {}
     fn event(&self, event: &Event<'_>) {
-        let comm = std::fs::read_to_string(format!("/proc/self/task/{}/comm", gettid())).unwrap();
+        let comm = std::fs::read_to_string("/proc/thread-self/comm").unwrap();
         assert_eq!(comm.trim(), "kiomap-trace");
         drop(lock(&self.held));
         let mut line = Line(format!("{} {}", event.metadata().level(), event.metadata().target()));
@@ -143,6 +142,33 @@ fn a_subscriber_that_waits_keeps_nobody_waiting() {
         notes.wait_for("kiomap::source");
         notes.wait_for("kiomap::stray");
         notes.wait_for("kiomap::callback");
+    });
+}
+
+/// A process whose id is its parent's, in a namespace of its own, tells of its engines by a thread of its own.
+#[test]
+fn a_process_of_the_same_id_tells_for_itself() {
+    alone("a_process_of_the_same_id_tells_for_itself", || {
+        let first_of_a_namespace = |body: &dyn Fn()| {
+            // SAFETY: concerns the processes that are forked from now on.
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+                skip!("this user may make no namespace of process ids");
+            }
+            reap_ok(child(|| {
+                assert_eq!(std::process::id(), 1);
+                body();
+            }));
+        };
+        let notes = Notes::subscribed();
+        let build = |id: u64| {
+            let engine = engine_builder().build().unwrap();
+            notes.wait_for(&format!("INFO kiomap::engine message=built engine={id}"));
+            engine
+        };
+        first_of_a_namespace(&|| {
+            let _engine = build(1);
+            first_of_a_namespace(&|| drop(build(2)));
+        });
     });
 }
 

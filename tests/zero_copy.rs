@@ -241,6 +241,13 @@ fn what_can_not_be_shared_is_refused_by_name_or_copied() {
     ends_within.write_all_at(&[mark(3); 100], bytes(3)).unwrap();
     seal(&ends_within, SealFlag::F_SEAL_GROW);
     let tail = Kiobuf::concat(&[list_of(&whole, 0), pages(1)]).unwrap();
+    // Sealed after it was mapped.
+    let sealed = [SealFlag::F_SEAL_WRITE, SealFlag::F_SEAL_FUTURE_WRITE].map(|against_writing| {
+        let memfd = marked(0, 4);
+        let list = list_of(&memfd, 0);
+        seal(&memfd, against_writing);
+        (list, "the memfd's seals (F_GET_SEALS)")
+    });
     let cases = [
         (list_of(&grows, 0), "the memfd's seals (F_GET_SEALS)"),
         (short, "the end of the list in its memfd in bytes"),
@@ -249,7 +256,7 @@ fn what_can_not_be_shared_is_refused_by_name_or_copied() {
         (pages(4), "the extent at page"),
         (Kiobuf::new(), "the number of pages of the list"),
     ];
-    for (list, named) in cases {
+    for (list, named) in cases.into_iter().chain(sealed) {
         let refused = engine.vmap_builder(&list).backing(Backing::Shared).build().unwrap_err();
         assert!(matches!(refused, Error::Invalid { what, .. } if what == named), "{refused}");
         assert_eq!(refused.errno(), Errno::EINVAL);

@@ -1,10 +1,9 @@
 //! The picture: how long single faults take, and what a page costs.
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::Result;
 use plotters::prelude::*;
 
-use crate::common::axis::{FONT, Logarithmic};
+use crate::common::axis::{Area, Drawn, FONT, Logarithmic, cumulative, drawn};
 use crate::common::numbers::quantile;
 use crate::report::{Report, Row};
 
@@ -26,20 +25,10 @@ const MAIN: [(&str, &str, RGBColor); 7] = [
 
 /// Draws the picture as SVG.
 pub(crate) fn svg(report: &Report) -> Result<String> {
-    let mut out = String::new();
-    {
-        let root = SVGBackend::with_string(&mut out, SIZE).into_drawing_area();
-        draw(&root, report).map_err(|error| anyhow!("drawing the plot: {error}"))?;
-        root.present().map_err(|error| anyhow!("drawing the plot: {error}"))?;
-    }
-    Ok(out)
+    drawn(SIZE, |root| draw(root, report))
 }
 
-type Drawn<T = ()> = Result<T, Box<dyn std::error::Error>>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
 fn draw(root: &Area<'_>, report: &Report) -> Drawn {
-    root.fill(&WHITE)?;
     let (left, right) = root.split_horizontally(SPLIT.0);
     let (curves, names) = left.split_vertically(SPLIT.1);
     distributions(&curves, &names, report)?;
@@ -53,26 +42,7 @@ fn distributions(area: &Area<'_>, names: &Area<'_>, report: &Report) -> Drawn {
     let lowest = chosen.iter().map(|(row, ..)| row.summary.min_ns).fold(f64::INFINITY, f64::min);
     let slowest = chosen.iter().map(|(row, ..)| row.summary.p999_ns).fold(0.0, f64::max);
     let x = Logarithmic((lowest / 1e3 * 0.9).min(1.0)..(slowest / 1e3).max(100.0));
-    let mut chart = ChartBuilder::on(area)
-        .caption("Latency of one page fault", (FONT, 22))
-        .margin(14)
-        .x_label_area_size(50)
-        .y_label_area_size(64)
-        .build_cartesian_2d(x, 0.0..100.0f64)?;
-    chart
-        .configure_mesh()
-        .x_desc("from the touch until it is done, µs, logarithmic")
-        .y_desc("faults that took no longer, %")
-        .x_label_formatter(&|us| us.to_string())
-        .y_label_formatter(&|percent| format!("{percent:.0}"))
-        .x_labels(20)
-        .y_labels(11)
-        .max_light_lines(1)
-        .label_style((FONT, 15))
-        .axis_desc_style((FONT, 16))
-        .bold_line_style(RGBColor(205, 205, 205))
-        .light_line_style(RGBColor(238, 238, 238))
-        .draw()?;
+    let mut chart = cumulative(area, "Latency of one page fault", "faults", x)?;
     for (at, (row, label, colour)) in chosen.into_iter().enumerate() {
         let mut all: Vec<f64> = row.samples.iter().flat_map(|sample| &sample.faults_ns).copied().collect();
         all.sort_unstable_by(f64::total_cmp);

@@ -1,15 +1,11 @@
 //! The pictures, made of the report alone.
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::Result;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use crate::common::axis::{FONT, Logarithmic};
+use crate::common::axis::{Area, Drawn, FONT, Logarithmic, cumulative, drawn};
 use crate::report::{Entry, Report, number};
-
-type Drawn<T = ()> = Result<T, Box<dyn std::error::Error>>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 const NATIVE: RGBColor = RGBColor(120, 120, 120);
 const FLOOR: RGBColor = RGBColor(86, 180, 233);
@@ -49,17 +45,6 @@ pub(crate) fn all(report: &Report) -> Result<Vec<(&'static str, &'static str, St
     Ok(plots)
 }
 
-fn drawn(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Drawn) -> Result<String> {
-    let mut out = String::new();
-    {
-        let root = SVGBackend::with_string(&mut out, size).into_drawing_area();
-        let drawn = root.fill(&WHITE).map_err(Into::into).and_then(|()| draw(&root));
-        drawn.map_err(|error| anyhow!("drawing a plot: {error}"))?;
-        root.present().map_err(|error| anyhow!("drawing a plot: {error}"))?;
-    }
-    Ok(out)
-}
-
 /// Latencies, all repetitions together, as cumulative distributions.
 fn distributions(root: &Area<'_>, entries: &[&Entry]) -> Drawn {
     let (curves, names) = root.split_vertically(520);
@@ -67,26 +52,7 @@ fn distributions(root: &Area<'_>, entries: &[&Entry]) -> Drawn {
     let lowest = entries.iter().map(|entry| at(entry, 0)).fold(f64::INFINITY, f64::min);
     let highest = entries.iter().map(|entry| at(entry, 99)).fold(1.0, f64::max);
     let x = Logarithmic((lowest * 0.9).max(0.01)..highest * 1.3);
-    let mut chart = ChartBuilder::on(&curves)
-        .caption("Latency of single random page faults", (FONT, 22))
-        .margin(14)
-        .x_label_area_size(50)
-        .y_label_area_size(64)
-        .build_cartesian_2d(x, 0.0..100.0f64)?;
-    chart
-        .configure_mesh()
-        .x_desc("from the touch until it is done, µs, logarithmic")
-        .y_desc("touches that took no longer, %")
-        .x_label_formatter(&|us| us.to_string())
-        .y_label_formatter(&|percent| format!("{percent:.0}"))
-        .x_labels(20)
-        .y_labels(11)
-        .max_light_lines(1)
-        .label_style((FONT, 15))
-        .axis_desc_style((FONT, 16))
-        .bold_line_style(RGBColor(205, 205, 205))
-        .light_line_style(RGBColor(238, 238, 238))
-        .draw()?;
+    let mut chart = cumulative(&curves, "Latency of single random page faults", "touches", x)?;
     for (index, entry) in entries.iter().enumerate() {
         let style = COLOURS[index % COLOURS.len()].stroke_width(3);
         chart.draw_series(LineSeries::new((0..=99).map(|percent| (at(entry, percent), percent as f64)), style))?;

@@ -11,10 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize
 use memmap2::MmapRaw;
 
 use super::ask::{ASKS, Ask};
-use crate::kiobuf::{Nopage, TryRead};
+use crate::kiobuf::TryRead;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::runtime::around::FaultAround;
+use crate::runtime::plan::{Plan, plan};
 use crate::runtime::resolve::Source;
 use crate::runtime::shared::EngineShared;
 use crate::space::Target;
@@ -46,6 +47,8 @@ pub(super) enum Step {
     Again(Why),
     /// The fault-handling thread was asked.
     Asked(&'static Ask),
+    /// This engine does not know the address.
+    Unknown,
 }
 
 /// Why it is not decided yet.
@@ -182,12 +185,13 @@ impl Board {
                 add(&self.counters.answered.signalled().poisoned, 1);
             }
             Step::Again(_) => add(&self.all().parked, 1),
-            Step::Retry | Step::Asked(_) => {}
+            Step::Retry | Step::Asked(_) | Step::Unknown => {}
         }
         Some(step)
     }
 
-    /// Answers a touch outside every area, if it is of memory that is registered: perhaps an area has grown.
+    /// Answers a touch outside every area, if it is of memory that is registered, be it with another engine: perhaps an area
+    /// has grown.
     pub(super) fn answer_stray(&self, addr: usize, asks: &'static [Ask; ASKS]) -> Option<Step> {
         let addr = page_floor(addr);
         match self.uffd.r#continue(addr, page_size()).stop {
@@ -203,8 +207,7 @@ impl Board {
         let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
         if self.shared.keeper.is_thread(tid) {
             // Code of the application, on the thread that would look the address up.
-            add(&self.all().strays, 1);
-            return Some(Step::Sigbus);
+            return Some(Step::Unknown);
         }
         let Some(ask) = asks.iter().find(|ask| ask.put(addr)) else { return Some(Step::Again(Why::Changing)) };
         self.shared.handler.nudge();
@@ -214,18 +217,16 @@ impl Board {
     fn resolve(&self, area: &Area<Target>, tries: &Tries, first: bool) -> Step {
         let pgoff = area.pgoff_of(tries.addr);
         let touch = Touch { board: self, area, addr: tries.addr, pgoff, aside: tries.changing >= TRIES_BEFORE_ASIDE };
-        let found = area.target.list.nopage(pgoff);
+        let plan = plan(self.fault_around, area, pgoff);
         if first {
-            self.count_found(area, &found);
-        }
-        match found {
-            Nopage::Direct { src, run } => {
-                let window = self.fault_around.window(area, &run, pgoff, false);
-                let src = src.wrapping_add((window.start - run.start) as usize * page_size());
-                touch.install(window, Source::Memory(src))
+            for counter in plan.counters(self.all(), of(area)) {
+                add(counter, 1);
             }
-            Nopage::Zero { run } => touch.install(self.fault_around.window(area, &run, pgoff, false), Source::Zeros),
-            Nopage::Read { .. } => {
+        }
+        match plan {
+            Plan::Copy { pages, src } => touch.install(pages, Source::Memory(src)),
+            Plan::Zero { pages } => touch.install(pages, Source::Zeros),
+            Plan::Read { .. } => {
                 // A page with slack: composed from memory.
                 let Some(bounce) = self.bounces.take() else { return Step::Again(Why::Changing) };
                 match area.target.list.try_read_pages(pgoff, bounce.bytes()) {
@@ -234,10 +235,13 @@ impl Board {
                     TryRead::WouldBlock | TryRead::Failed(_) => touch.failed(),
                 }
             }
-            // Unless the object came to hold it meanwhile, or before its list was taken back.
-            Nopage::Sigbus(_) if touch.is_held() => Step::Retry,
-            Nopage::Sigbus(_) => Step::Sigbus,
+            Plan::Sigbus => touch.refuse(),
         }
+    }
+
+    /// Counts a touch that no engine knows.
+    pub(super) fn count_stray(&self) {
+        add(&self.all().strays, 1);
     }
 
     /// The counters that a signal handler may reach.
@@ -245,40 +249,9 @@ impl Board {
         self.shared.counters.signalled()
     }
 
-    /// Counts a fault by what its page is.
-    fn count_found(&self, area: &Area<Target>, found: &Nopage) {
-        let (all, own) = (self.all(), of(area));
-        let kind = match found {
-            Nopage::Direct { .. } => [&all.faults_copied, &own.faults_copied],
-            Nopage::Read { .. } => [&all.faults_read, &own.faults_read],
-            Nopage::Zero { .. } => [&all.faults_zeroed, &own.faults_zeroed],
-            Nopage::Sigbus(_) => [&all.faults_refused, &own.faults_refused],
-        };
-        kind.into_iter().for_each(|counter| add(counter, 1));
-    }
-
     /// Counts what an ioctl installed, or why it did not.
     fn count_installed(&self, area: &Area<Target>, source: &Source, install: Install) {
-        let (all, own) = (self.all(), of(area));
-        let pages = (install.bytes / page_size()) as u64;
-        match install.stop {
-            Some(Stop::Changing) if pages == 0 => add(&all.changing, 1),
-            Some(Stop::Unmapped) => add(&all.unmapped, 1),
-            _ => {}
-        }
-        if pages == 0 {
-            return;
-        }
-        add(&self.counters.answered.signalled().pages, pages);
-        let kinds: &[_] = match source {
-            Source::Zeros => &[[&all.pages_zeroed, &own.pages_zeroed]],
-            Source::Held => &[[&all.pages_continued, &own.pages_continued]],
-            Source::Memory(_) => &[[&all.pages_copied, &own.pages_copied]],
-            Source::Read(_) | Source::ReadByWorker(_) => {
-                &[[&all.pages_copied, &own.pages_copied], [&all.pages_read, &own.pages_read]]
-            }
-        };
-        kinds.iter().flatten().for_each(|counter| add(counter, pages));
+        source.count(install, self.all(), of(area), self.counters.answered.signalled(), add);
     }
 }
 
@@ -376,6 +349,20 @@ impl Touch<'_> {
             // Dropped meanwhile, or not to be read back: the number of tries decides.
             Some(Stop::Present) => Step::Again(Why::Changing),
             Some(stop) => self.not_installed(stop),
+        }
+    }
+
+    /// Refuses a page that the list has not, if the area is still there: what was unmapped with an event that is not read yet
+    /// may be another engine's by now. The kernel knows: until the event is read, it says that the address space is changing.
+    fn refuse(&self) -> Step {
+        match self.board.uffd.r#continue(self.addr, page_size()).stop {
+            // The object came to hold it meanwhile, or before its list was taken back.
+            None | Some(Stop::Present) => Step::Retry,
+            Some(Stop::Changing) if self.aside && self.is_held() => Step::Retry,
+            Some(Stop::Changing) => Step::Again(Why::Changing),
+            Some(Stop::NoMemory) => Step::Again(Why::NoMemory),
+            Some(Stop::Unmapped) => Step::Again(Why::Unmapped),
+            Some(Stop::BadSource | Stop::Gone | Stop::Other(_)) => Step::Sigbus,
         }
     }
 

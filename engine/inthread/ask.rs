@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::runtime::strays::LookupId;
+use crate::sys::futex;
 
 /// Threads that wait at once; more try again.
 pub(super) const ASKS: usize = 16;
@@ -47,23 +48,13 @@ impl Ask {
                 self.state.store(FREE, Ordering::Release);
                 return state == AGAIN;
             }
-            // SAFETY: the kernel reads the word, which is never freed; there is no timeout.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_futex,
-                    self.state.as_ptr(),
-                    libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                    state,
-                    std::ptr::null::<libc::timespec>(),
-                )
-            };
+            futex::wait(&self.state, state);
         }
     }
 
     fn answer(&self, again: bool) {
         self.state.store(if again { AGAIN } else { UNKNOWN }, Ordering::Release);
-        // SAFETY: the kernel takes the address for the name of those who sleep there.
-        unsafe { libc::syscall(libc::SYS_futex, self.state.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
+        futex::wake(self.state.as_ptr(), 1);
     }
 }
 
@@ -95,12 +86,11 @@ impl Asked {
     }
 
     /// Answers the thread that waits for a lookup, if one does.
-    pub(super) fn found(&mut self, lookup: LookupId, again: bool) -> bool {
-        let waiting = self.lookups.iter_mut().position(|held| *held == Some(lookup));
-        let Some(index) = waiting else { return false };
-        self.lookups[index] = None;
-        self.asks[index].answer(again);
-        true
+    pub(super) fn found(&mut self, lookup: LookupId, again: bool) {
+        if let Some(index) = self.lookups.iter().position(|held| *held == Some(lookup)) {
+            self.lookups[index] = None;
+            self.asks[index].answer(again);
+        }
     }
 
     /// Refuses whoever waits: nothing is served any more.

@@ -9,7 +9,7 @@
 
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use libc::c_void;
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous};
 
 use super::answer::{Access, Board, Step, Tries};
 use super::ask::{ASKS, Ask, Asked};
+use super::doubt::Doubts;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::process::{gate, mapping};
@@ -33,6 +34,9 @@ use crate::{Error, Result};
 
 /// The most engines of one process that are served this way at once. Each touch looks at all of them.
 const ENGINES: usize = 64;
+
+/// How often a touch that no engine knows is looked at once more: each time, its memory may just have been exchanged.
+const MOST_REFUSALS: u32 = 8;
 
 /// A place. All of its bytes zero is a free one; apart from its neighbours in the processors' caches.
 #[repr(align(128))]
@@ -140,8 +144,8 @@ impl Desk {
     }
 
     /// Answers the thread that waits for a lookup, if one does: whether it is to touch `again`.
-    pub(crate) fn found(&mut self, lookup: LookupId, again: bool) -> bool {
-        self.asked.found(lookup, again)
+    pub(crate) fn found(&mut self, lookup: LookupId, again: bool) {
+        self.asked.found(lookup, again);
     }
 
     /// Refuses whoever waits for a lookup. The desk is closed, and then opened as not serving, or dropped.
@@ -165,28 +169,44 @@ impl Drop for Desk {
 /// Answers a touch that the kernel answered by SIGBUS: true if it is to be tried again, false if it stays a SIGBUS.
 ///
 /// Called in the signal handler: takes no lock, allocates nothing, and is inside one crossing at a time.
+///
+/// The kernel lets any engine's userfaultfd install on what another's has registered. So an engine that does not know an
+/// address says nothing about it: the next one is asked.
 pub(super) fn answer(addr: usize, access: Access) -> bool {
     let Some(places) = places() else { return false };
     let mut tries = Tries::new(addr, access);
-    let mut refused = false;
+    let mut refusals = 0;
+    // The first place whose engine has not said yet that it does not know the address.
+    let mut unasked = 0;
     loop {
-        let step = at_any(places, |board, _| board.answer(&mut tries));
+        let step = at_any(places, 0, |board, _| board.answer(&mut tries));
         // Perhaps memory that no event told of.
-        let step = step.or_else(|| at_any(places, |board, asks| board.answer_stray(addr, asks)));
+        let step = step.or_else(|| at_any(places, unasked, |board, asks| board.answer_stray(addr, asks)));
         let go_on = match step {
-            Some(Step::Retry) => return true,
-            Some(Step::Sigbus) => return false,
+            Some((_, Step::Retry)) => return true,
+            Some((_, Step::Sigbus)) => return false,
             None if can_be_touched(addr, access) => return true,
-            None if refused => return false,
-            // Perhaps it became an area after it was looked up, and before the kernel refused it.
+            None if refusals == MOST_REFUSALS => {
+                if let Some(last) = unasked.checked_sub(1) {
+                    at_any(places, last, |board, _| {
+                        board.count_stray();
+                        Some(())
+                    });
+                }
+                return false;
+            }
+            // Perhaps it became an area after it was looked up and before the kernel refused it, and is none by now.
             None => {
-                refused = true;
+                refusals += 1;
                 continue;
             }
-            Some(Step::Again(why)) => tries.wait(why),
+            Some((_, Step::Again(why))) => tries.wait(why),
             // Asleep outside the crossing: its owner is to answer.
-            Some(Step::Asked(ask)) if ask.wait() => true,
-            Some(Step::Asked(_)) => return false,
+            Some((_, Step::Asked(ask))) if ask.wait() => true,
+            Some((index, Step::Asked(_) | Step::Unknown)) => {
+                unasked = index + 1;
+                continue;
+            }
         };
         if !go_on {
             return can_be_touched(addr, access);
@@ -218,33 +238,31 @@ fn can_be_touched(addr: usize, access: Access) -> bool {
 
 /// Tells whether a touch of this thread is to be tried again because nobody knows what it finds: not for long at a stretch.
 fn may_doubt(addr: usize) -> bool {
-    /// Doubts in a row, each within so many microseconds of the one before.
-    const MOST: u64 = 8;
-    const IN_A_ROW_US: u64 = 1000;
-    // Which touch it is; when the last doubt was, in microseconds, and how many in a row, in the lowest byte.
-    static DOUBTS: [(AtomicU64, AtomicU64); 64] = [const { (AtomicU64::new(0), AtomicU64::new(0)) }; 64];
+    static DOUBTS: Doubts = Doubts::new();
     // SAFETY: asks for this thread's id.
-    let tid = unsafe { libc::syscall(libc::SYS_gettid) } as u64;
-    let (touch, last) = &DOUBTS[tid as usize % DOUBTS.len()];
-    let this = (tid << 40) ^ addr as u64;
-    let now = Moment::now().as_us();
-    let before = last.load(Ordering::Relaxed);
-    let goes_on = touch.swap(this, Ordering::Relaxed) == this && now.saturating_sub(before >> 8) < IN_A_ROW_US;
-    let doubts = if goes_on { (before & 0xff) + 1 } else { 1 };
-    last.store((now << 8) | doubts.min(0xff), Ordering::Relaxed);
-    doubts <= MOST
+    let tid = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
+    DOUBTS.may(tid, addr, Moment::now().as_us())
 }
 
-/// Asks one engine after the other, inside its crossing.
-fn at_any(
+/// Asks one engine after the other, from a place on and inside its crossing, until one has an answer; tells at which place.
+fn at_any<T>(
     places: &'static [Place; ENGINES],
-    mut answer: impl FnMut(&Board, &'static [Ask; ASKS]) -> Option<Step>,
-) -> Option<Step> {
-    let mut taken = places.iter().filter(|place| !place.board.load(Ordering::Relaxed).is_null());
-    taken.find_map(|place| {
+    from: usize,
+    mut answer: impl FnMut(&Board, &'static [Ask; ASKS]) -> Option<T>,
+) -> Option<(usize, T)> {
+    for (index, place) in places.iter().enumerate().skip(from) {
+        if place.board.load(Ordering::Relaxed).is_null() {
+            continue;
+        }
         let _inside = place.crossing.enter();
         // SAFETY: what the place names is freed only after it was taken out with nobody inside.
-        let board = unsafe { place.board.load(Ordering::Acquire).as_ref() }?;
-        if board.is_serving() { answer(board, &place.asks) } else { None }
-    })
+        let board = unsafe { place.board.load(Ordering::Acquire).as_ref() };
+        if let Some(board) = board
+            && board.is_serving()
+            && let Some(answer) = answer(board, &place.asks)
+        {
+            return Some((index, answer));
+        }
+    }
+    None
 }

@@ -8,6 +8,7 @@
 mod answer;
 mod ask;
 mod desk;
+mod doubt;
 mod signal;
 
 use crate::kiobuf::{ExtentInfo, ExtentKind, Kiobuf};

@@ -66,14 +66,7 @@ impl Memfd {
                 "it must be tmpfs, as a memfd's is; map_file takes others",
             );
         }
-        let seals = seals_of(file)?;
-        if seals.intersects(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_FUTURE_WRITE) {
-            return invalid(
-                "the memfd's seals (F_GET_SEALS)",
-                seals.bits() as u64,
-                "it must not be sealed against writing: its pages are mapped shared; map_file takes others",
-            );
-        }
+        refuse_unwritable(seals_of(file)?)?;
         let page = page_size() as u64;
         if !range.start.is_multiple_of(page) {
             return invalid(
@@ -100,6 +93,18 @@ fn seals_of(file: impl AsFd) -> Result<SealFlag> {
         Err(Errno::EINVAL) => Ok(SealFlag::F_SEAL_SEAL),
         Err(errno) => Err(Error::sys("fcntl(F_GET_SEALS) of a memfd")(errno)),
     }
+}
+
+/// Refuses a memfd that is sealed against writing: it can't be mapped shared so that a userfaultfd may fill it.
+fn refuse_unwritable(seals: SealFlag) -> Result<()> {
+    if !seals.intersects(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_FUTURE_WRITE) {
+        return Ok(());
+    }
+    Err(Error::Invalid {
+        what: "the memfd's seals (F_GET_SEALS)",
+        value: seals.bits() as u64,
+        rule: "it must not be sealed against writing: its pages are mapped shared; map_file takes others",
+    })
 }
 
 impl Kiobuf {
@@ -139,6 +144,8 @@ impl Kiobuf {
         let file = memfd.file.as_fd();
         // The seals first: a memfd that is sealed has the size that is looked at then.
         let seals = seals_of(file)?;
+        // Perhaps since it was mapped.
+        refuse_unwritable(seals)?;
         let size = nix::sys::stat::fstat(file).map_err(Error::sys("fstat of a memfd"))?.st_size as u64;
         if end != size {
             return invalid(

@@ -7,7 +7,7 @@ pub(crate) mod maps;
 pub(crate) mod mask;
 
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
@@ -69,12 +69,23 @@ pub(crate) fn new_memfd(name: &CStr) -> Result<OwnedFd> {
 /// As [`new_memfd`], of so many bytes.
 pub(crate) fn sized_memfd(name: &CStr, bytes: usize) -> Result<OwnedFd> {
     let memfd = new_memfd(name)?;
+    size_memfd(memfd.as_fd(), bytes as u64)?;
+    Ok(memfd)
+}
+
+/// Sets the size of a memfd.
+///
+/// # Errors
+///
+/// [`Error::Sys`], with `EFBIG` for more than a file can have, or than RLIMIT_FSIZE allows.
+pub(crate) fn size_memfd(memfd: BorrowedFd<'_>, bytes: u64) -> Result<()> {
+    let failed = Error::sys("sizing a memfd");
     // The kernel answers a size beyond the limit by SIGXFSZ, whose default is the end of the process.
     let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(Error::sys("getrlimit(RLIMIT_FSIZE)"))?;
-    let bytes = i64::try_from(bytes).ok().filter(|&bytes| bytes as u64 <= limit);
-    let bytes = bytes.ok_or(Error::sys("sizing a memfd")(Errno::EFBIG))?;
-    nix::unistd::ftruncate(&memfd, bytes).map_err(Error::sys("sizing a memfd"))?;
-    Ok(memfd)
+    match i64::try_from(bytes) {
+        Ok(size) if bytes <= limit => nix::unistd::ftruncate(memfd, size).map_err(failed),
+        _ => Err(failed(Errno::EFBIG)),
+    }
 }
 
 /// Tells the id of a pidfd's process as `/proc` has it here; the process itself may know another, in a namespace of its

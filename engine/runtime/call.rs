@@ -8,6 +8,8 @@ use std::cell::UnsafeCell;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::sys::futex;
+
 const WAITING: u32 = 0;
 const ANSWERED: u32 = 1;
 const ABANDONED: u32 = 2;
@@ -35,14 +37,13 @@ impl<R> Ticket<R> {
 
     fn publish(&self, state: u32) {
         // SAFETY: as above; after this store the slot may be gone, so only its address is used below.
-        let futex = unsafe {
+        let word = unsafe {
             let slot = self.0.as_ref();
             let address = slot.state.as_ptr();
             slot.state.store(state, Ordering::Release);
             address
         };
-        // SAFETY: FUTEX_WAKE takes the address as a key and does not need memory to be there.
-        unsafe { libc::syscall(libc::SYS_futex, futex, libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, 1) };
+        futex::wake(word, 1);
     }
 }
 
@@ -57,16 +58,7 @@ pub(crate) fn call<R: Send>(send: impl FnOnce(Ticket<R>)) -> Option<R> {
     let slot = Slot { state: AtomicU32::new(WAITING), value: UnsafeCell::new(None) };
     send(Ticket(NonNull::from(&slot)));
     while slot.state.load(Ordering::Acquire) == WAITING {
-        // SAFETY: the futex word lives in `slot`, which outlives the call; a spurious or interrupted return loops.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                slot.state.as_ptr(),
-                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                WAITING,
-                std::ptr::null::<libc::timespec>(),
-            )
-        };
+        futex::wait(&slot.state, WAITING);
     }
     slot.value.into_inner()
 }

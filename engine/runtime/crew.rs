@@ -48,6 +48,7 @@ use super::watch::set_policy;
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::{Space, SpaceId};
+use crate::sys::futex;
 use crate::{Error, Result};
 
 /// The token of the crew's bell in a member's epoll; spaces use their ids.
@@ -234,16 +235,7 @@ impl Crew {
             if cpu != NOWHERE && self.is_on() {
                 return Some(cpu);
             }
-            // SAFETY: the word outlives the call; whatever it returns for, the loop looks again.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_futex,
-                    self.calls.as_ptr(),
-                    libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                    calls,
-                    std::ptr::null::<libc::timespec>(),
-                )
-            };
+            futex::wait(&self.calls, calls);
         }
     }
 
@@ -397,10 +389,7 @@ impl Crew {
 
     fn wake_up(&self) {
         self.calls.fetch_add(1, Ordering::Release);
-        // SAFETY: FUTEX_WAKE takes the address as a key.
-        unsafe {
-            libc::syscall(libc::SYS_futex, self.calls.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX)
-        };
+        futex::wake(self.calls.as_ptr(), i32::MAX);
     }
 
     /// The owner has ended: so do the members.

@@ -14,6 +14,7 @@ use super::crossing::Inside;
 use super::fault::Fault;
 use super::placement::move_to;
 use super::plan::{Plan, plan};
+use super::resolve::Source;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::table::Area;
@@ -170,8 +171,8 @@ struct Fill<'a> {
     /// The page that is waited for.
     wanted: u64,
     pages: Range<u64>,
-    /// Where the bytes of the first page are; `None` for zeros.
-    src: Option<*const u8>,
+    /// Where they come from.
+    source: Source,
 }
 
 /// Where pages are put.
@@ -194,12 +195,12 @@ impl<'a> Fill<'a> {
         let way = if is_alone { Way::There(uffd) } else { Way::Aside(area.target.window.as_deref()?) };
         let wanted = area.pgoff_of(fault.addr);
         let plan = plan(crew.fault_around, area, wanted);
-        let (pages, src) = match &plan {
-            Plan::Copy { pages, src } => (pages.clone(), Some(*src)),
-            Plan::Zero { pages } => (pages.clone(), None),
+        let (pages, source) = match &plan {
+            Plan::Copy { pages, src } => (pages.clone(), Source::Memory(*src)),
+            Plan::Zero { pages } => (pages.clone(), Source::Zeros),
             Plan::Read { .. } | Plan::Sigbus => return None,
         };
-        Some(Fill { crew, space, area, plan, way, wanted, pages, src })
+        Some(Fill { crew, space, area, plan, way, wanted, pages, source })
     }
 
     /// Where the first page is missing.
@@ -215,9 +216,12 @@ impl<'a> Fill<'a> {
     fn install(&self, pgoff: u64, end: u64) -> Install {
         let page = page_size();
         let (skipped, len) = ((pgoff - self.pages.start) as usize * page, (end - pgoff) as usize * page);
-        let src = self.src.map(|src| src.wrapping_add(skipped));
-        match (self.way, src) {
-            // SAFETY: the list holds these pages from `src` on. It is that of an area, which the owner does not take out
+        let bytes = match self.source.advanced(skipped) {
+            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => Some(src),
+            Source::Zeros | Source::Held => None,
+        };
+        match (self.way, bytes) {
+            // SAFETY: the list holds these pages from there on. It is that of an area, which the owner does not take out
             // while this thread is inside; no thread holds a reference to a page that is missing.
             (Way::There(uffd), Some(src)) => unsafe { uffd.copy_unheard(self.start() + skipped, src, len) },
             (Way::There(uffd), None) => uffd.zeropage_unheard(self.start() + skipped, len),
@@ -234,7 +238,8 @@ impl<'a> Fill<'a> {
         while pgoff < self.pages.end {
             let install = self.install(pgoff, if alone { pgoff + 1 } else { self.pages.end });
             let filled = (install.bytes / page_size()) as u64;
-            self.count(filled);
+            let own = &*self.area.target.vmap.counters;
+            self.source.count(install, &self.crew.shared.counters, own, &self.space.counters, add);
             pgoff += filled;
             match install.stop {
                 None => alone = false,
@@ -257,19 +262,6 @@ impl<'a> Fill<'a> {
             }
         }
         true
-    }
-
-    fn count(&self, pages: u64) {
-        if pages == 0 {
-            return;
-        }
-        let (all, own) = (&*self.crew.shared.counters, &*self.area.target.vmap.counters);
-        let counters = match self.src {
-            Some(_) => [&all.pages_copied, &own.pages_copied],
-            None => [&all.pages_zeroed, &own.pages_zeroed],
-        };
-        counters.into_iter().for_each(|counter| add(counter, pages));
-        add(&self.space.counters.pages, pages);
     }
 }
 

@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::sys::time::TimeSpec;
+use crate::sys::futex;
 
 /// The crossing is closed, or somebody waits until it is empty.
 const CLOSED: u32 = 1 << 31;
@@ -46,7 +46,7 @@ impl Crossing {
                 looks += 1;
                 std::hint::spin_loop();
             } else if state & SLEEPERS != 0 || self.exchange(state, state | SLEEPERS) {
-                self.sleep(state | SLEEPERS, None);
+                futex::wait(&self.0, state | SLEEPERS);
             }
         }
     }
@@ -68,11 +68,11 @@ impl Crossing {
                 looks += 1;
                 std::hint::spin_loop();
             } else if late.is_none() || patience == Duration::MAX {
-                self.sleep(state, None);
+                futex::wait(&self.0, state);
             } else {
                 let until = *until.get_or_insert_with(|| Instant::now() + patience);
                 match until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-                    Some(left) => self.sleep(state, Some(left)),
+                    Some(left) => futex::wait_for(&self.0, state, left),
                     None => late.take().into_iter().for_each(|late| late()),
                 }
             }
@@ -100,21 +100,8 @@ impl Crossing {
         }
     }
 
-    /// Sleeps while the state is this one, at most for so long.
-    fn sleep(&self, state: u32, most: Option<Duration>) {
-        let most = most.map(TimeSpec::from);
-        let most = most.as_ref().map_or(std::ptr::null(), |most| std::ptr::from_ref::<libc::timespec>(most.as_ref()));
-        // SAFETY: the word and the time outlive the call. A return for whatever reason is followed by a look at the word.
-        unsafe {
-            libc::syscall(libc::SYS_futex, self.0.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, state, most)
-        };
-    }
-
     fn wake(&self) {
-        // SAFETY: FUTEX_WAKE takes the address as a key.
-        unsafe {
-            libc::syscall(libc::SYS_futex, self.0.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX)
-        };
+        futex::wake(self.0.as_ptr(), i32::MAX);
     }
 }
 

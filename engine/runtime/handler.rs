@@ -653,8 +653,10 @@ impl Handler {
         let Some(index) = self.index_of(id) else { return Ok(()) };
         let space = &mut self.spaces[index];
         let (finding, doubtful) = uncover(space, addr, cause, finding);
+        // Nothing can be entered without memory.
+        let starved = matches!(finding, Finding::Vmap(_)) && space.table.try_reserve(1).is_err();
         // An event that is not read yet may be of the unmap after which somebody else has got the addresses.
-        if doubtful && is_changing(space) {
+        if starved || (doubtful && is_changing(space)) {
             return Err(Changing);
         }
         let Some(Lookup { fault, untouched, .. }) = self.strays.take(lookup) else { return Ok(()) };
@@ -701,12 +703,10 @@ impl Handler {
 
     /// Answers the thread that has asked for a lookup: it touches again, unless something unknown is at `addr`.
     fn tell_toucher(&mut self, lookup: LookupId, addr: Option<usize>) {
-        let Handler { desk: Some(desk), spaces, shared, .. } = self else { return };
+        let Handler { desk: Some(desk), spaces, .. } = self else { return };
         let known = |addr| spaces.first().is_some_and(|own| own.table.find(addr).is_some());
         let again = addr.is_none_or(known);
-        if desk.found(lookup, again) && !again {
-            add(&shared.counters.strays, 1);
-        }
+        desk.found(lookup, again);
     }
 
     /// Does what the event of a page's unmap would have done, which the kernel did not report.

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 use super::command::{Command, ReadBuffer, ReadJob, ReadOrder};
 use super::fault::Fault;
+use super::plan::Plan;
 use super::resolve::{Answer, Claim, RETRIES_BEFORE_ASIDE, Resolver, Source};
 use super::shared::EngineShared;
 use crate::kiobuf::{Kiobuf, Nopage, TryRead};
@@ -138,20 +139,23 @@ impl Resolver {
         let first = area.pgoff_of(fault.addr);
         let list = &area.target.list;
         let after = first + page.base_pages();
-        let found = list.nopage(first);
-        if fault.retries == 0 {
-            self.count_found(area, fault, &found);
-        }
-        match found {
-            Nopage::Sigbus(_) => self.poison_huge(space, uffd, page, fault),
+        let pages = first..after.min(list.nr_pages());
+        let plan = match list.nopage(first) {
+            Nopage::Sigbus(_) => Plan::Sigbus,
             Nopage::Direct { src, run } if run.end >= after => {
-                let src = src.wrapping_add(bytes_of(run.start, &(run.start..first)).end);
-                self.install_huge(space, uffd, area, fault, Source::Memory(src))
+                Plan::Copy { pages, src: src.wrapping_add(bytes_of(run.start, &(run.start..first)).end) }
             }
-            Nopage::Zero { run } if run.end >= after.min(list.nr_pages()) => {
-                self.install_huge(space, uffd, area, fault, Source::Zeros)
-            }
-            _ => self.read_huge(space, uffd, area, fault, first..after.min(list.nr_pages())),
+            Nopage::Zero { run } if run.end >= pages.end => Plan::Zero { pages },
+            _ => Plan::Read { run: pages },
+        };
+        if fault.retries == 0 {
+            plan.count(&self.shared.counters, area, fault.write);
+        }
+        match plan {
+            Plan::Copy { src, .. } => self.install_huge(space, uffd, area, fault, Source::Memory(src)),
+            Plan::Zero { .. } => self.install_huge(space, uffd, area, fault, Source::Zeros),
+            Plan::Read { run } => self.read_huge(space, uffd, area, fault, run),
+            Plan::Sigbus => self.poison_huge(space, uffd, page, fault),
         }
     }
 

@@ -23,7 +23,7 @@ pub(crate) mod keeper;
 mod level;
 pub(crate) mod patience;
 pub(crate) mod placement;
-mod plan;
+pub(crate) mod plan;
 pub(crate) mod readahead;
 pub(crate) mod resolve;
 pub(crate) mod shared;

@@ -1,13 +1,14 @@
 //! What a fault needs: which pages, from where. Pure, but for what an area remembers of its last faults.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 
 use super::around::FaultAround;
 use crate::kiobuf::Nopage;
 use crate::page::page_size;
 use crate::space::Target;
 use crate::space::table::Area;
-use crate::stats::{Counters, add};
+use crate::stats::{Counters, EngineCounters, VmapCounters, add};
 
 /// What brings a page, and which others with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,16 +27,19 @@ impl Plan {
     /// Counts a fault by what its page is.
     pub(crate) fn count(&self, all: &Counters, area: &Area<Target>, write: bool) {
         let own = &*area.target.vmap.counters;
-        let (all, kind) = match self {
-            Plan::Copy { .. } => (&all.faults_copied, &own.faults_copied),
-            Plan::Read { .. } => (&all.faults_read, &own.faults_read),
-            Plan::Zero { .. } => (&all.faults_zeroed, &own.faults_zeroed),
-            Plan::Sigbus => (&all.faults_refused, &own.faults_refused),
-        };
-        add(all, 1);
-        add(kind, 1);
+        self.counters(all, own).into_iter().for_each(|counter| add(counter, 1));
         if write {
             add(&own.write_faults, 1);
+        }
+    }
+
+    /// Those that count faults on such pages, of an engine and of a vmap.
+    pub(crate) fn counters<'a>(&self, all: &'a EngineCounters, own: &'a VmapCounters) -> [&'a AtomicU64; 2] {
+        match self {
+            Plan::Copy { .. } => [&all.faults_copied, &own.faults_copied],
+            Plan::Read { .. } => [&all.faults_read, &own.faults_read],
+            Plan::Zero { .. } => [&all.faults_zeroed, &own.faults_zeroed],
+            Plan::Sigbus => [&all.faults_refused, &own.faults_refused],
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, TrySendError};
 use memmap2::MmapMut;
@@ -17,13 +17,13 @@ use super::plan::{Plan, plan};
 use super::shared::EngineShared;
 use super::workers::WorkerIds;
 use crate::fork::masks;
-use crate::kiobuf::{Nopage, TryRead};
+use crate::kiobuf::TryRead;
 use crate::page::page_size;
 use crate::process::mask::{Masked, give_up, mask, mask_while_changing};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{OWN_SPACE, Space, Target};
-use crate::stats::add;
+use crate::stats::{Answered, EngineCounters, VmapCounters, add};
 use crate::sys::{Install, Stop, Userfault};
 
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
@@ -123,22 +123,6 @@ impl Resolver {
             Plan::Zero { pages } => self.install(space, uffd, area, fault, pages, Source::Zeros),
             Plan::Read { run } => self.read(space, uffd, area, fault, run, around),
             Plan::Sigbus => self.poison(space, uffd, fault),
-        }
-    }
-
-    /// Counts a fault by what its page is.
-    pub(super) fn count_found(&self, area: &Area<Target>, fault: &Fault, found: &Nopage) {
-        let (all, own) = (&*self.shared.counters, &*area.target.vmap.counters);
-        let (all, kind) = match found {
-            Nopage::Direct { .. } => (&all.faults_copied, &own.faults_copied),
-            Nopage::Read { .. } => (&all.faults_read, &own.faults_read),
-            Nopage::Zero { .. } => (&all.faults_zeroed, &own.faults_zeroed),
-            Nopage::Sigbus(_) => (&all.faults_refused, &own.faults_refused),
-        };
-        add(all, 1);
-        add(kind, 1);
-        if fault.write {
-            add(&own.write_faults, 1);
         }
     }
 
@@ -438,35 +422,7 @@ impl Resolver {
 
     /// Counts what an ioctl installed, or why it did not.
     pub(super) fn count_installed(&self, space: &Space, area: &Area<Target>, source: &Source, install: Install) {
-        let (all, own) = (&*self.shared.counters, &*area.target.vmap.counters);
-        let pages = (install.bytes / page_size()) as u64;
-        match install.stop {
-            Some(Stop::Changing) if pages == 0 => add(&all.changing, 1),
-            Some(Stop::Unmapped) => add(&all.unmapped, 1),
-            _ => {}
-        }
-        if pages == 0 {
-            return;
-        }
-        add(&space.counters.pages, pages);
-        let (copied, read) = match source {
-            Source::Held => {
-                add(&all.pages_continued, pages);
-                return add(&own.pages_continued, pages);
-            }
-            Source::Zeros => {
-                add(&all.pages_zeroed, pages);
-                return add(&own.pages_zeroed, pages);
-            }
-            Source::Memory(_) => ([&all.pages_copied, &own.pages_copied], None),
-            Source::Read(_) => ([&all.pages_copied, &own.pages_copied], Some([&all.pages_read, &own.pages_read])),
-            Source::ReadByWorker(_) => {
-                ([&all.pages_copied, &own.pages_copied], Some([&all.pages_read_by_workers, &own.pages_read_by_workers]))
-            }
-        };
-        for counter in copied.into_iter().chain(read.into_iter().flatten()) {
-            add(counter, pages);
-        }
+        source.count(install, &self.shared.counters, &area.target.vmap.counters, &space.counters, add);
     }
 
     /// Counts a page that could not be had.
@@ -632,6 +588,42 @@ impl Source {
             Source::Read(src) => Source::Read(src.wrapping_add(bytes)),
             Source::ReadByWorker(src) => Source::ReadByWorker(src.wrapping_add(bytes)),
             Source::Zeros | Source::Held => self,
+        }
+    }
+
+    /// Counts what an ioctl installed from there, or why it did not, in counters of the engine, the vmap and the space.
+    pub(crate) fn count(
+        &self,
+        install: Install,
+        all: &EngineCounters,
+        own: &VmapCounters,
+        space: &Answered,
+        add: impl Fn(&AtomicU64, u64),
+    ) {
+        let pages = (install.bytes / page_size()) as u64;
+        match install.stop {
+            Some(Stop::Changing) if pages == 0 => add(&all.changing, 1),
+            Some(Stop::Unmapped) => add(&all.unmapped, 1),
+            _ => {}
+        }
+        if pages == 0 {
+            return;
+        }
+        add(&space.pages, pages);
+        let copied = [&all.pages_copied, &own.pages_copied];
+        let (kind, read): (_, &[_]) = match self {
+            Source::Zeros => ([&all.pages_zeroed, &own.pages_zeroed], &[]),
+            Source::Held => ([&all.pages_continued, &own.pages_continued], &[]),
+            Source::Memory(_) => (copied, &[]),
+            Source::Read(_) => (copied, &[&all.pages_read, &own.pages_read]),
+            Source::ReadByWorker(_) => (copied, &[&all.pages_read_by_workers, &own.pages_read_by_workers]),
+        };
+        // Plain loops: a signal handler has little stack.
+        for counter in kind {
+            add(counter, pages);
+        }
+        for counter in read {
+            add(counter, pages);
         }
     }
 

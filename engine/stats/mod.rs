@@ -34,10 +34,50 @@ macro_rules! counters {
     };
 }
 
+/// As [`counters`], with those between that an engine and a vmap have alike.
+macro_rules! page_counters {
+    (
+        $(#[$live_doc:meta])* $live:ident,
+        $(#[$stats_doc:meta])* $stats:ident { $($before:tt)* } { $($after:tt)* }
+    ) => {
+        counters! { $(#[$live_doc])* $live, $(#[$stats_doc])* $stats {
+            $($before)*
+            /// Faults on pages of files and sources, and on those that are put together from parts.
+            faults_read,
+            /// Faults on pages of zeros.
+            faults_zeroed,
+            /// Faults on holes, and past the end of the list.
+            faults_refused,
+            /// Faults on pages that are there and not mapped ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
+            faults_minor,
+            /// Pages that were installed by UFFDIO_COPY.
+            pages_copied,
+            /// Those of them that the fault-handling thread had read or put together.
+            pages_read,
+            /// Those of them that a worker had read.
+            pages_read_by_workers,
+            /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
+            pages_zeroed,
+            /// Pages that were there and were mapped by UFFDIO_CONTINUE
+            /// ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
+            pages_continued,
+            /// Pages, of either kind, that were filled through the vmap's window, because the address space went on changing.
+            pages_aside,
+            /// Resolutions that found the page present (EEXIST); each was followed by a wake-up.
+            already_present,
+            /// Reads that were handed to the worker threads.
+            worker_reads,
+            /// Pages that could not be had: a source failed, a file was shorter than its list, memory ran out.
+            source_errors,
+            $($after)*
+        } }
+    };
+}
+
 /// The live counters of an engine.
 pub(crate) type Counters = Sharded<EngineCounters>;
 
-counters! {
+page_counters! {
     /// What one thread counts for an engine.
     EngineCounters,
     /// Holds the engine's counters as they were at one moment ([`Engine::stats`](crate::Engine::stats)).
@@ -58,34 +98,12 @@ counters! {
         /// Faults on pages that the list has in memory, ready to be copied. These and those that follow are counted once for each page that is
         /// looked up in a list, where `faults` counts every thread that waits for it.
         faults_copied,
-        /// Faults on pages of files and sources, and on those that are put together from parts.
-        faults_read,
-        /// Faults on pages of zeros.
-        faults_zeroed,
-        /// Faults on holes, and past the end of the list.
-        faults_refused,
-        /// Faults on pages that are there and not mapped ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
-        faults_minor,
-        /// Pages that were installed by UFFDIO_COPY.
-        pages_copied,
-        /// Those of them that the fault-handling thread had read or put together.
-        pages_read,
-        /// Those of them that a worker had read.
-        pages_read_by_workers,
-        /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
-        pages_zeroed,
-        /// Pages that were there and were mapped by UFFDIO_CONTINUE
-        /// ([`VmapBuilder::minor_faults`](crate::VmapBuilder::minor_faults)).
-        pages_continued,
-        /// Pages, of either kind, that were filled through the vmap's window, because the address space went on changing.
-        pages_aside,
+    } {
         /// Pages that were answered by SIGBUS (UFFDIO_POISON, or what stands for it before Linux 6.6): holes, pages past the
         /// list, failed sources.
         pages_poisoned,
         /// Those of them that were masked, for want of UFFDIO_POISON.
         pages_masked,
-        /// Resolutions that found the page present (EEXIST); each was followed by a wake-up.
-        already_present,
         /// Resolutions that the kernel refused because the address space was changing (EAGAIN); they were tried again.
         changing,
         /// Resolutions that found nothing mapped (ENOENT): the unmap was reported later.
@@ -101,10 +119,6 @@ counters! {
         adopted,
         /// Faults of a worker thread on a page that only a worker could have read; answered by SIGBUS.
         self_faults,
-        /// Reads that were handed to the worker threads.
-        worker_reads,
-        /// Pages that could not be had: a source failed, a file was shorter than its list, memory ran out.
-        source_errors,
         /// Panics of page sources and callbacks that were caught.
         panics,
         /// Unmap, remap and remove events that were applied.
@@ -131,7 +145,7 @@ impl Stats {
     }
 }
 
-counters! {
+page_counters! {
     /// What one thread counts for a vmap.
     VmapCounters,
     /// Holds the counters of one vmap, over all areas in all processes, as they were at one moment
@@ -143,34 +157,9 @@ counters! {
         write_faults,
         /// Faults on pages that the list has in memory, ready to be copied.
         faults_copied,
-        /// Faults on pages of files and sources, and on those that are put together from parts.
-        faults_read,
-        /// Faults on pages of zeros.
-        faults_zeroed,
-        /// Faults on holes, and past the end of the list.
-        faults_refused,
-        /// Faults on pages that are there and not mapped.
-        faults_minor,
-        /// Pages that were installed by UFFDIO_COPY.
-        pages_copied,
-        /// Those of them that the fault-handling thread had read or put together.
-        pages_read,
-        /// Those of them that a worker had read.
-        pages_read_by_workers,
-        /// Pages that were installed by UFFDIO_ZEROPAGE, because the list asks for zeros.
-        pages_zeroed,
-        /// Pages that were there and were mapped by UFFDIO_CONTINUE.
-        pages_continued,
-        /// Pages, of either kind, that were filled through the vmap's window, because the address space went on changing.
-        pages_aside,
+    } {
         /// Pages that were answered by SIGBUS, one for each process that touched them.
         pages_poisoned,
-        /// Resolutions that found the page present (EEXIST); each was followed by a wake-up.
-        already_present,
-        /// Reads that were handed to the worker threads.
-        worker_reads,
-        /// Pages that could not be had: a source failed, a file was shorter than its list, memory ran out.
-        source_errors,
     }
 }
 

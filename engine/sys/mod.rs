@@ -2,9 +2,10 @@
 //!
 //! The crate `userfaultfd` is the way in to register, unregister, wake and read. The handshake and the ioctls that
 //! install pages are our own: version 0.9 reads COPY's count as unsigned, so that −EAGAIN passes for progress, and it
-//! has no POISON. This module knows nothing of what the engine uses it for.
+//! has no POISON. Beside it, the futex that the engine's threads sleep on. This module knows nothing of what the engine uses it for.
 
 mod flags;
+pub(crate) mod futex;
 mod install;
 mod message;
 mod open;

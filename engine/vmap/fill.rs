@@ -4,6 +4,7 @@ use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, PoisonError};
 
 use super::core::{Contents, VmapCore};
+use super::page_size::PageSize;
 use crate::kiobuf::ExtentKind;
 use crate::{Error, Kiobuf};
 
@@ -78,18 +79,21 @@ pub(crate) fn fill_some(
     mut refused: impl FnMut(Range<u64>, Refusal),
 ) -> u64 {
     let Contents { list, window, .. } = contents;
+    let page = core.page();
+    // The last huge page may reach behind the list.
+    let end_of_list = page.whole(list.nr_pages()).unwrap_or(u64::MAX);
     let until = end.min(first.saturating_add(most));
     let mut pgoff = first;
     while pgoff < until {
-        let Some(window) = window.as_ref().filter(|_| pgoff < list.nr_pages()) else {
+        let Some(window) = window.as_ref().filter(|_| pgoff < end_of_list) else {
             refused(pgoff..end, Refusal::PastEnd);
             return end;
         };
         let filled = window.fill(list, &core.object, pgoff, until);
         let (stopped, next, refusal) = match filled {
             Ok(()) => break,
-            Err(Error::NoPage { pgoff: at, .. }) if at >= list.nr_pages() => (at, end, Refusal::PastEnd),
-            Err(Error::NoPage { pgoff: at, why }) => match hole_end(list, at) {
+            Err(Error::NoPage { pgoff: at, .. }) if at >= end_of_list => (at, end, Refusal::PastEnd),
+            Err(Error::NoPage { pgoff: at, why }) => match hole_end(list, page, at) {
                 Some(next) => (at, next.min(end), Refusal::Hole),
                 // One page that can't be had, of whatever size.
                 None => (at, window.page_end(at).min(end), Refusal::Failed(why)),
@@ -103,12 +107,13 @@ pub(crate) fn fill_some(
 }
 
 /// Where the pages end that the list has nothing for, if a page is one of them.
-pub(crate) fn nothing_until(list: &Kiobuf, pgoff: u64) -> Option<u64> {
-    if pgoff < list.nr_pages() { hole_end(list, pgoff) } else { Some(u64::MAX) }
+pub(crate) fn nothing_until(list: &Kiobuf, page: PageSize, pgoff: u64) -> Option<u64> {
+    let end = page.whole(list.nr_pages()).unwrap_or(u64::MAX);
+    if pgoff < end { hole_end(list, page, pgoff) } else { Some(u64::MAX) }
 }
 
-/// Where the hole ends that a page lies in.
-fn hole_end(list: &Kiobuf, pgoff: u64) -> Option<u64> {
-    let extent = list.extent_at(pgoff).filter(|extent| extent.kind == ExtentKind::Hole)?;
-    Some(extent.first_page + extent.nr_pages)
+/// Where the hole ends that a page lies in, or the huge page in which the list ends with a hole.
+fn hole_end(list: &Kiobuf, page: PageSize, pgoff: u64) -> Option<u64> {
+    let extent = list.extent_at(page.first_of(pgoff)).filter(|extent| extent.kind == ExtentKind::Hole)?;
+    page.whole(extent.first_page + extent.nr_pages)
 }

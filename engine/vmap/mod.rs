@@ -180,7 +180,7 @@ impl VmapBuilder {
     /// [`Delivery::InThread`](crate::Delivery::InThread) stand in the way of too;
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
     /// memory of the list lies in a region of an engine; [`Error::Unsupported`] for a [`PageSource`](crate::PageSource)
-    /// without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
+    /// or minor faults without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
     /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
         let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page } =
@@ -242,6 +242,13 @@ fn backing_of_minor_faults(shared: &EngineShared, backing: Backing) -> Result<Ba
     let refused = |rule| Err(Error::Invalid { what: "minor_faults", value: 1, rule });
     if shared.delivers_in_thread() {
         return refused("a signal handler brings missing pages only: build the engine with Delivery::Handler");
+    }
+    if !shared.features.contains(Features::THREAD_ID) {
+        return Err(Error::Unsupported {
+            what: "minor faults",
+            missing: Features::THREAD_ID,
+            why: "a fault of the thread that looks addresses up must be known as its own",
+        });
     }
     match backing {
         Backing::Copied => refused("pages that are copied are mapped when they come: it takes Backing::Shared"),
@@ -440,7 +447,7 @@ impl Vmap {
     }
 
     /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
-    pub(crate) fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
+    fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
         owner_only(&self.shared, "reading or writing a vmap without a region")?;
         if threads::current_role(self.shared.id) == Some(Role::Worker) {
             return Err(Error::WouldDeadlock { what: "reading or writing a vmap", thread: "worker" });

@@ -6,15 +6,14 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::fstat;
 
 use super::page_size::PageSize;
 use crate::kiobuf::MemfdRun;
 use crate::page::page_size;
 use crate::process::mapping::{Mapping, Placement};
+use crate::process::size_memfd;
 use crate::{Error, Result};
 
 /// A device and inode, as `/proc/PID/maps` names a file.
@@ -135,12 +134,7 @@ fn resize(memfd: BorrowedFd<'_>, nr_pages: u64, page: PageSize) -> Result<()> {
     let bytes = page
         .whole(nr_pages)
         .and_then(|whole| whole.checked_mul(page_size() as u64))
-        .and_then(|bytes| i64::try_from(bytes).ok())
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
         .ok_or(Error::Overflow { what: "the size of a vmap in pages", base: nr_pages, len: page_size() as u64 })?;
-    // The kernel answers a size beyond the limit by SIGXFSZ, whose default is the end of the process.
-    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE).map_err(Error::sys("getrlimit(RLIMIT_FSIZE)"))?;
-    if bytes as u64 > limit {
-        return Err(Error::sys("sizing the memfd of a vmap")(Errno::EFBIG));
-    }
-    nix::unistd::ftruncate(memfd, bytes).map_err(Error::sys("sizing the memfd of a vmap"))
+    size_memfd(memfd, bytes)
 }

@@ -31,6 +31,7 @@ pub(crate) struct Window {
     /// Declared before the descriptor: unmapping comes before closing, which would unregister.
     mapping: Mapping,
     uffd: Private<Userfault>,
+    /// Base pages, of whole pages.
     nr_pages: u64,
     pub(super) page: PageSize,
 }
@@ -40,12 +41,9 @@ impl Window {
     pub(crate) fn open(opener: &Opener, object: &Object, nr_pages: u64) -> Result<Window> {
         let (page, size) = (page_size(), object.page());
         let uffd = Private::open(|| opener.open(Features::from_bits(0)).map(|(uffd, _)| uffd))?;
-        let whole = size.whole(nr_pages).and_then(|n| usize::try_from(n).ok());
-        let len = whole.and_then(|n| n.checked_mul(page)).ok_or(Error::Overflow {
-            what: "the size of a vmap in pages",
-            base: nr_pages,
-            len: page as u64,
-        })?;
+        let overflow = || Error::Overflow { what: "the size of a vmap in pages", base: nr_pages, len: page as u64 };
+        let whole = size.whole(nr_pages).ok_or_else(overflow)?;
+        let len = usize::try_from(whole).ok().and_then(|n| n.checked_mul(page)).ok_or_else(overflow)?;
         // Of huge pages, it is the one mapping that reserves them.
         let mapping =
             Mapping::hidden(object.memfd(), len, object.base(), Placement::Anywhere).map_err(|error| match error {
@@ -53,7 +51,7 @@ impl Window {
                 error => error,
             })?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
-        Ok(Window { mapping, uffd, nr_pages, page: size })
+        Ok(Window { mapping, uffd, nr_pages: whole, page: size })
     }
 
     /// The addresses that it takes.

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use serde::{Deserialize, Serialize};
 
-use crate::script::{Access, Advice, PROCESSES};
+use crate::script::{Access, Advice, Attach, PROCESSES};
 use crate::sheet::Sheet;
 use crate::storm::StormJob;
 use crate::support::touch;
@@ -19,13 +19,9 @@ use crate::support::touch;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Job {
     Attach {
-        region: u32,
-        vmap: usize,
-        pgoff: u64,
-        pages: usize,
-        at: Option<usize>,
-        writable: bool,
-        inherit: bool,
+        attach: Attach,
+        /// Where the page of the arena lies, if one is named.
+        addr: Option<usize>,
     },
     Drop {
         region: u32,
@@ -239,10 +235,10 @@ impl Local {
     pub(crate) fn perform(&mut self, job: Job) -> Answer {
         let page = page_size();
         match job {
-            Job::Attach { region, vmap, pgoff, pages, at, writable, inherit } => {
+            Job::Attach { attach: Attach { region, vmap, pgoff, pages, writable, inherit, .. }, addr } => {
                 let mut options = AttachOptions::new().pgoff(pgoff).len_bytes(pages * page).inherit(inherit);
-                if let Some(at) = at {
-                    options = options.at(at);
+                if let Some(addr) = addr {
+                    options = options.at(addr);
                 }
                 if !writable {
                     options = options.read_only();

@@ -101,6 +101,18 @@ pub(crate) enum Advice {
     PopulateWrite,
 }
 
+/// How a vmap is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Attach {
+    pub(crate) region: u32,
+    pub(crate) vmap: usize,
+    pub(crate) pgoff: u64,
+    pub(crate) pages: usize,
+    pub(crate) at: Option<usize>,
+    pub(crate) writable: bool,
+    pub(crate) inherit: bool,
+}
+
 /// One step. `process` and `vmap` are slots; `region` is a number that is given once; `at` is a page of the arena.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Op {
@@ -111,13 +123,8 @@ pub(crate) enum Op {
     },
     Attach {
         process: usize,
-        region: u32,
-        vmap: usize,
-        pgoff: u64,
-        pages: usize,
-        at: Option<usize>,
-        writable: bool,
-        inherit: bool,
+        #[serde(flatten)]
+        attach: Attach,
     },
     Drop {
         process: usize,
@@ -490,7 +497,8 @@ impl Generator {
             self.places.push(Place { process, region, at, pages });
         }
         let (writable, inherit) = (!self.chance(5), !self.chance(6));
-        Some(Op::Attach { process, region, vmap, pgoff: pgoff as u64, pages, at, writable, inherit })
+        let attach = Attach { region, vmap, pgoff: pgoff as u64, pages, at, writable, inherit };
+        Some(Op::Attach { process, attach })
     }
 
     fn some_pages(&mut self) -> usize {

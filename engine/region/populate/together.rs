@@ -125,7 +125,8 @@ impl Whole {
             return Ok(None);
         };
         let first = piece.pgoff_of(task.at);
-        let pages = nothing_until(&task.core.contents().list, first).map_or(STEP_PAGES, |end| end - first);
+        let pages =
+            nothing_until(&task.core.contents().list, task.core.page(), first).map_or(STEP_PAGES, |end| end - first);
         // A hole takes no time. No huge page is brought by two.
         let end = task.core.page().whole(first.saturating_add(pages)).unwrap_or(u64::MAX);
         let bytes = usize::try_from(end - first).ok().and_then(|pages| pages.checked_mul(page_size()));

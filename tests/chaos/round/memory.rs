@@ -127,24 +127,14 @@ impl Round {
         &mut self.processes[process].as_mut().expect("checked by the caller").space
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the fields of one operation")]
-    pub(super) fn attach(
-        &mut self,
-        process: usize,
-        region: u32,
-        vmap: usize,
-        pgoff: u64,
-        pages: usize,
-        at: Option<usize>,
-        writable: bool,
-        inherit: bool,
-    ) -> Outcome {
+    pub(super) fn attach(&mut self, process: usize, attach: Attach) -> Outcome {
+        let Attach { region, vmap, pgoff, pages, at, writable, inherit } = attach;
         let known = self.vmaps.get(vmap).and_then(Option::as_ref).is_some_and(|v| v.known & (1 << process) != 0);
         if self.process(process).is_none() || !known || at.is_some_and(|at| at + pages > ARENA) {
             return Ok(());
         }
         let place = at.map(page_of);
-        let job = Job::Attach { region, vmap, pgoff, pages, at: place.map(addr_of), writable, inherit };
+        let job = Job::Attach { attach, addr: place.map(addr_of) };
         let first = self.vmaps[vmap].as_ref().is_some_and(|state| state.count == 0);
         let answer = self.ask(process, job)?;
         let space = self.space(process);

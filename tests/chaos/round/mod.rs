@@ -29,7 +29,7 @@ use nix::errno::Errno;
 use crate::lists::build;
 use crate::local::{Answer, Expect, Job, Local, Saw};
 use crate::model::{AddressSpace, Cell};
-use crate::script::{ARENA, Access, Advice, End, Op, PAGES, PROCESSES, Part, Script, Settings, Storm, VMAPS};
+use crate::script::{ARENA, Access, Advice, Attach, End, Op, PAGES, PROCESSES, Part, Script, Settings, Storm, VMAPS};
 use crate::sheet::{Avail, Sheet};
 use crate::storm::{LANES_EACH, Run, StormJob, allowed};
 use crate::support::scene::Rng;
@@ -223,9 +223,7 @@ impl Round {
                 Ok(())
             }
             Op::Vmap { vmap, parts, expandable } => self.new_vmap(*vmap, parts, *expandable),
-            &Op::Attach { process, region, vmap, pgoff, pages, at, writable, inherit } => {
-                self.attach(process, region, vmap, pgoff, pages, at, writable, inherit)
-            }
+            &Op::Attach { process, attach } => self.attach(process, attach),
             &Op::Drop { process, region } => {
                 let Some(state) = self.process(process).and_then(|p| p.regions.get(&region)).copied() else {
                     return Ok(());
