@@ -8,7 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiomap::{
-    AttachOptions, Backing, Delivery, Engine, EngineBuilder, Error, Kiobuf, Region, Revoke, Shutdown, Vmap, page_size,
+    AttachOptions, Backing, Delivery, Engine, EngineBuilder, Error, Features, Kiobuf, Region, Revoke, Shutdown, Vmap,
+    page_size,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
