@@ -258,7 +258,8 @@ impl Crew {
         self.owner_bell.ring();
     }
 
-    /// Leaves a fault to the owner; `false` if there is no place.
+    /// Leaves a fault to the owner; `false` if there is no place. Done inside, or by a member that has panicked: otherwise
+    /// the owner may have let the crew go, and looks no more.
     pub(super) fn leave(&self, fault: Fault) -> bool {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         // There is room for so many: reserved at the start.

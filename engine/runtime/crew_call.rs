@@ -71,6 +71,8 @@ pub(crate) struct Caller {
     tick_ms: u16,
     aside: u64,
     strikes: u32,
+    /// Members may have been given the processor.
+    forward: bool,
     /// Reviews in a row that found one member to answer all.
     strikes_of_one: u32,
 }
@@ -94,6 +96,7 @@ impl Caller {
             tick_ms: TICKS_MS.0,
             aside: 0,
             strikes: 0,
+            forward: false,
             strikes_of_one: 0,
         }
     }
@@ -205,9 +208,11 @@ impl Caller {
         }
         let now = now_ms();
         // The owner may have been woken by anything: what comes too soon after a look says nothing.
+        let mut hindered = late;
         if late || now - self.looked_ms >= i64::from(TICKS_MS.0) {
             self.looked_ms = now;
-            let hindered = self.are_hindered(crew, found) || late;
+            hindered |= self.are_hindered(crew, found);
+            self.forward |= hindered;
             self.strikes = if hindered { self.strikes + 1 } else { 0 };
             let calm = !hindered && !self.roster.crowded;
             self.tick_ms = if calm { (self.tick_ms * 2).min(TICKS_MS.1) } else { TICKS_MS.0 };
@@ -247,7 +252,9 @@ impl Caller {
             return self.rest();
         }
         self.rest_ms = REST_MS.0;
-        if roster == self.roster { Review::GoOn } else { Review::Direct(roster) }
+        // Those who were given the processor step back again.
+        let forward = !hindered && std::mem::take(&mut self.forward);
+        if roster == self.roster && !forward { Review::GoOn } else { Review::Direct(roster) }
     }
 }
 

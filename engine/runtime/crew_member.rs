@@ -36,6 +36,8 @@ pub(crate) fn run(crew: &Crew, index: usize) {
     if catch_unwind(AssertUnwindSafe(|| serve(crew, member, &held))).is_ok() {
         return;
     }
+    // What comes after this thread under its number is none of the owner's.
+    member.thread.store(0, Ordering::Relaxed);
     // A bug of ours, which must not let a thread sleep for ever: the owner answers all from here on.
     add(&crew.shared.counters.panics, 1);
     crew.breaks();
@@ -70,37 +72,35 @@ fn serve_one(crew: &Crew, member: &Member, token: u64, buffer: &mut MsgBuffer, h
     let read = read_one(crew, member, token, buffer, held, &inside);
     // The thread that is woken may take the processor from this one for as long as it likes: nobody may wait for it then.
     drop(inside);
-    match read {
-        Read::Nothing => false,
+    let answered = match read {
+        Read::Nothing => return false,
         Read::Aside => {
             // The owner has been rung: it needs a processor.
             std::thread::yield_now();
-            false
+            return false;
         }
-        Read::Fault { fault, filled, uffd, range } => {
-            // Where a fault is not filled, events may have been read since: it is old news. If there is no place for it, its
-            // thread faults again, and its new message waits in the kernel.
-            if filled || !crew.leave(Fault { retries: 1, ..fault }) {
-                add(&crew.shared.counters.wakes, 1);
-                // It can only fail for a range that no process could have.
-                let _ = uffd.wake(range.start, range.end - range.start);
-            }
-            held.set(None);
-            member.ends();
-            filled
+        Read::Left => false,
+        Read::Filled { uffd, range } => {
+            add(&crew.shared.counters.wakes, 1);
+            // It can only fail for a range that no process could have.
+            let _ = uffd.wake(range.start, range.end - range.start);
+            true
         }
-    }
+    };
+    held.set(None);
+    member.ends();
+    answered
 }
 
 /// What came of a read.
 enum Read {
     Nothing,
-    /// Something is left aside for the owner.
+    /// A message lies aside for the owner.
     Aside,
-    /// The pages of `range` were filled, or the wanted one among them could not be.
-    Fault {
-        fault: Fault,
-        filled: bool,
+    /// A fault whose page could not be filled is left to the owner.
+    Left,
+    /// The pages of a range were filled: who waits there is to be woken.
+    Filled {
         uffd: Arc<Private<Userfault>>,
         range: Range<usize>,
     },
@@ -134,13 +134,14 @@ fn read_one(
         }
         _ => None,
     };
+    held.set(fault);
     let simple = fault.and_then(|fault| Some((fault, Fill::of(crew, space, uffd, &fault, is_alone)?)));
     let Some((fault, fill)) = simple else {
         *unheard = Some(message);
+        held.set(None);
         crew.ring_for_the_owner();
         return Read::Aside;
     };
-    held.set(Some(fault));
     member.begins();
     // Where others may read as soon as this thread lets them, nothing is installed at an address.
     let _nobody_reads = is_alone.then_some(unheard);
@@ -152,13 +153,15 @@ fn read_one(
         add(&counters.write_faults, 1);
     }
     fill.plan.count(counters, fill.area, fault.write);
-    let filled = fill.run();
-    if filled {
-        crew.shared.latency.record(fault.since);
-        member.answered.fetch_add(1, Ordering::Relaxed);
-        member.saw(id, fault.tid, inside);
+    // Events may have been read since: what was not filled is old news. If there is no place for it, its thread faults again,
+    // and its new message waits in the kernel.
+    if !fill.run() && crew.leave(Fault { retries: 1, ..fault }) {
+        return Read::Left;
     }
-    Read::Fault { fault, filled, uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
+    crew.shared.latency.record(fault.since);
+    member.answered.fetch_add(1, Ordering::Relaxed);
+    member.saw(id, fault.tid, inside);
+    Read::Filled { uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
 }
 
 /// What answers a simple fault.
