@@ -71,6 +71,7 @@ const RULES: &[Rule] = &[
     ratio(Of::P99, "engine_default_unpinned", "floor_memfd_1", 2.0),
     ratio(Of::P50, "engine_default_unpinned", "floor_memfd_1_unpinned", 0.2),
     ratio(Of::Cpu, "engine_default_unpinned", "floor_memfd_1", 1.05),
+    ratio(Of::Cpu, "engine_pinned", "floor_memfd_1", 1.05),
     ratio(Of::P50, "engine_one_page_unpinned", "floor_memfd_1", 1.15),
     ratio(Of::Wall, "seq_engine_default", "seq_native_memfd", 0.8),
     ratio(Of::Wall, "seq_engine_populate", "seq_native_memfd", 0.7),

@@ -136,7 +136,7 @@ fn counts(cpus: usize) -> Vec<usize> {
 }
 
 pub(crate) fn group(bench: &Bench) -> Group {
-    let pages = bench.extent(1 << 15, 1 << 13);
+    let pages = bench.extent(1 << 16, 1 << 13);
     let mut series = Vec::new();
     let plural = |n: usize, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
     for n in counts(bench.cpus.len()) {

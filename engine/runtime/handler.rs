@@ -259,7 +259,8 @@ impl Handler {
                     self.read_space(id);
                 }
             }
-            self.found = self.pending.len() - before;
+            // An unmap takes faults out that were taken over from members.
+            self.found = self.pending.len().saturating_sub(before);
         }
         let mut rung = false;
         let mut heard = 0;
