@@ -201,8 +201,9 @@ pub(super) fn answer(addr: usize, access: Access) -> bool {
                 continue;
             }
             Some((_, Step::Again(why))) => tries.wait(why),
-            // Asleep outside the crossing: its owner is to answer.
-            Some((_, Step::Asked(ask))) if ask.wait() => true,
+            // Asleep outside the crossing: its owner is to answer. What was found there may be gone, or not accessible any more,
+            // which only the touch itself can tell.
+            Some((_, Step::Asked(ask))) if ask.wait() => return true,
             Some((index, Step::Asked(_) | Step::Unknown)) => {
                 unasked = index + 1;
                 continue;

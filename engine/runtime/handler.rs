@@ -576,7 +576,9 @@ impl Handler {
             if !self.crew.is_on() {
                 self.placer.saw(fault.tid);
             }
+            // Members answer missing pages only.
             if !self.crew.members.is_empty()
+                && !fault.minor
                 && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
             {
                 self.to_call = roster;

@@ -368,7 +368,7 @@ impl Resolver {
         let Some(window) = &area.target.window else { return Answer::Later };
         let pgoff = area.pgoff_of(fault.addr);
         if matches!(source, Source::Held) {
-            return self.map_aside(space, uffd, fault).unwrap_or(Answer::Later);
+            return self.map_aside(space, uffd, fault).unwrap_or_else(|| self.poison(space, uffd, fault));
         }
         let install = match source {
             // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
@@ -390,16 +390,19 @@ impl Resolver {
     }
 
     /// Maps a page that the object holds while its address space is changing, a change that may wait for this very page:
-    /// through a userfaultfd that reports no changes, and is not held up by them; `None` if there is none. If the page is
-    /// given up meanwhile, the thread faults on a missing one.
+    /// through a userfaultfd that reports no changes, and is not held up by them; `None` if there is none, or the page can't
+    /// be had. If the page is given up meanwhile, the thread faults on a missing one.
     fn map_aside(&self, space: &Space, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
-        if space.id == OWN_SPACE {
+        let install = if space.id == OWN_SPACE {
             let area = space.table.find(fault.addr)?;
-            area.target.window.as_ref()?.map_at(fault.addr);
+            area.target.window.as_ref()?.map_at(fault.addr)
         } else {
-            let _ = space.aside.as_ref()?.r#continue(fault.addr, page_size());
+            space.aside.as_ref()?.r#continue(fault.addr, page_size())
+        };
+        match install.stop {
+            Some(Stop::NoMemory | Stop::Other(_)) => None,
+            _ => Some(self.wake(uffd, fault.addr)),
         }
-        Some(self.wake(uffd, fault.addr))
     }
 
     /// Decides about a single page that the kernel did not install.

@@ -89,8 +89,8 @@ impl Window {
 
     /// Maps a page of the object at an address of this process that is registered, whatever its address space is doing. It
     /// wakes nobody. Other memory is left as it is.
-    pub(crate) fn map_at(&self, addr: usize) {
-        let _ = self.uffd.r#continue(addr, self.page.bytes());
+    pub(crate) fn map_at(&self, addr: usize) -> Install {
+        self.uffd.r#continue(addr, self.page.bytes())
     }
 
     /// Looks which pages from `pgoff` on are in memory, as far as one answer tells: lseek(SEEK_HOLE) would look at all that

@@ -144,10 +144,14 @@ struct Helpers {
 impl Helpers {
     /// Waits until they have ended. What one of them panicked of goes on here, as if it had been this thread.
     fn join(mut self) {
+        let mut panicked = None;
         for thread in std::mem::take(&mut self.threads) {
             if let Err(panic) = thread.join() {
-                resume_unwind(panic);
+                panicked.get_or_insert(panic);
             }
+        }
+        if let Some(panic) = panicked {
+            resume_unwind(panic);
         }
     }
 }
