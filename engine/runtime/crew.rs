@@ -43,6 +43,7 @@ use super::bell::{Bell, EpollFd};
 use super::crew_roster::Roster;
 use super::crossing::{Crossing, Inside};
 use super::fault::Fault;
+use super::placement::move_thread_to;
 use super::shared::EngineShared;
 use super::watch::set_policy;
 use crate::process::ledger::Private;
@@ -346,6 +347,11 @@ impl Crew {
         let cpus = to.posts().iter().map(|post| post.cpu).chain(std::iter::repeat(NOWHERE));
         for (member, cpu) in self.members.iter().zip(cpus) {
             member.cpu.store(cpu, Ordering::Release);
+            // It goes there itself when it runs. Stepping back, it might not, where it is.
+            let thread = member.thread.load(Ordering::Relaxed);
+            if cpu != NOWHERE && thread != 0 {
+                move_thread_to(thread, cpu as usize);
+            }
             member.step(back && cpu != NOWHERE);
         }
         self.wake_up();

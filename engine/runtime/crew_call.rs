@@ -160,7 +160,7 @@ impl Caller {
         self.tick_ms = TICKS_MS.0;
         self.since_ms = now_ms();
         self.looked_ms = self.since_ms;
-        (self.aside, self.strikes, self.strikes_of_one) = (0, 0, 0);
+        (self.aside, self.strikes) = (0, 0);
         for (index, member) in crew.members.iter().enumerate() {
             self.answered[index] = member.answered.load(Ordering::Relaxed);
             self.turns[index] = member.turn.load(Ordering::Relaxed);
@@ -170,6 +170,7 @@ impl Caller {
 
     /// Notes that the crew was let go; answers where it was.
     pub(crate) fn let_go(&mut self) -> Roster {
+        (self.forward, self.strikes_of_one) = (false, 0);
         std::mem::replace(&mut self.roster, Roster::EMPTY)
     }
 
@@ -188,16 +189,17 @@ impl Caller {
     /// Tells whether a member does not get on, to which it gives the processor; or whether all together do not, and the owner
     /// `found` their faults.
     fn are_hindered(&mut self, crew: &Crew, found: usize) -> bool {
-        let mut stuck = false;
+        let (mut stuck, mut still) = (false, false);
         for (before, member) in self.turns.iter_mut().zip(&crew.members) {
             let turn = member.turn.load(Ordering::Relaxed);
-            if turn == std::mem::replace(before, turn) && turn % 2 == 1 {
-                stuck |= member.step(false);
+            if turn == std::mem::replace(before, turn) && member.is_back.load(Ordering::Relaxed) {
+                still = true;
+                stuck |= turn % 2 == 1 && member.step(false);
             }
         }
         let answered: u64 = crew.members.iter().map(|member| member.answered.load(Ordering::Relaxed)).sum();
         let few = answered - std::mem::replace(&mut self.answered_before_tick, answered) < FEW;
-        stuck || (few && found > 0)
+        stuck || (still && few && found > 0)
     }
 
     /// Looks after the members, the crossing being closed: whether they get a processor (`late`: one had to be called forward;
@@ -220,7 +222,8 @@ impl Caller {
         if self.strikes >= STRIKES {
             return self.rest();
         }
-        if now - self.since_ms < REVIEW_MS {
+        // Who was just given the processor has not run yet.
+        if hindered || now - self.since_ms < REVIEW_MS {
             return Review::GoOn;
         }
         self.since_ms = now;
@@ -251,9 +254,11 @@ impl Caller {
         if self.strikes_of_one >= STRIKES {
             return self.rest();
         }
-        self.rest_ms = REST_MS.0;
+        if self.strikes_of_one == 0 {
+            self.rest_ms = REST_MS.0;
+        }
         // Those who were given the processor step back again.
-        let forward = !hindered && std::mem::take(&mut self.forward);
+        let forward = std::mem::take(&mut self.forward);
         if roster == self.roster && !forward { Review::GoOn } else { Review::Direct(roster) }
     }
 }

@@ -36,16 +36,17 @@ pub(crate) fn run(crew: &Crew, index: usize) {
     if catch_unwind(AssertUnwindSafe(|| serve(crew, member, &held))).is_ok() {
         return;
     }
-    // What comes after this thread under its number is none of the owner's.
-    member.thread.store(0, Ordering::Relaxed);
     // A bug of ours, which must not let a thread sleep for ever: the owner answers all from here on.
     add(&crew.shared.counters.panics, 1);
     crew.breaks();
     if let Some(fault) = held.take() {
-        while !crew.leave(fault) {
+        // It is old news by now.
+        while !crew.leave(Fault { retries: 1, ..fault }) {
             std::thread::yield_now();
         }
     }
+    // What comes after this thread under its number is none of the owner's.
+    member.thread.store(0, Ordering::Relaxed);
 }
 
 fn serve(crew: &Crew, member: &Member, held: &Cell<Option<Fault>>) {
@@ -80,7 +81,7 @@ fn serve_one(crew: &Crew, member: &Member, token: u64, buffer: &mut MsgBuffer, h
             return false;
         }
         Read::Left => false,
-        Read::Filled { uffd, range } => {
+        Read::Done { uffd, range } => {
             add(&crew.shared.counters.wakes, 1);
             // It can only fail for a range that no process could have.
             let _ = uffd.wake(range.start, range.end - range.start);
@@ -99,8 +100,8 @@ enum Read {
     Aside,
     /// A fault whose page could not be filled is left to the owner.
     Left,
-    /// The pages of a range were filled: who waits there is to be woken.
-    Filled {
+    /// Who waits in a range is to be woken.
+    Done {
         uffd: Arc<Private<Userfault>>,
         range: Range<usize>,
     },
@@ -153,15 +154,16 @@ fn read_one(
         add(&counters.write_faults, 1);
     }
     fill.plan.count(counters, fill.area, fault.write);
-    // Events may have been read since: what was not filled is old news. If there is no place for it, its thread faults again,
-    // and its new message waits in the kernel.
-    if !fill.run() && crew.leave(Fault { retries: 1, ..fault }) {
+    if fill.run() {
+        crew.shared.latency.record(fault.since);
+        member.answered.fetch_add(1, Ordering::Relaxed);
+        member.saw(id, fault.tid, inside);
+    } else if crew.leave(Fault { retries: 1, ..fault }) {
+        // Events may have been read since: it is old news.
         return Read::Left;
     }
-    crew.shared.latency.record(fault.since);
-    member.answered.fetch_add(1, Ordering::Relaxed);
-    member.saw(id, fault.tid, inside);
-    Read::Filled { uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
+    // What was not filled and finds no place is woken too: its thread faults again, and its new message waits in the kernel.
+    Read::Done { uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
 }
 
 /// What answers a simple fault.

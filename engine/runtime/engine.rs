@@ -626,8 +626,10 @@ impl Engine {
     fn start(&self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<()> {
         let shared = Arc::clone(&self.shared);
         let thread = threads::spawn(role, self.shared.id, move || {
-            if matches!(role, Role::Fault | Role::Crew) {
-                shared.shard_owners.take();
+            match role {
+                Role::Fault => shared.shard_owners.take_first(),
+                Role::Crew => shared.shard_owners.take(),
+                _ => {}
             }
             let _ = contain(&shared, body);
         })?;

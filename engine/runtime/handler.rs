@@ -1,8 +1,9 @@
 //! The fault-handling thread: reads userfaultfds, applies events, answers faults.
 //!
-//! It is the only reader of each userfaultfd and the only writer of each area table. Between reading a fault and
-//! waking the thread that touched, it allocates nothing, takes no lock and logs nothing: another thread may hold the
-//! allocator's lock, or any other, while it waits for this one.
+//! It is the only writer of each area table, and the only reader of each userfaultfd but for the [crew](super::crew), which
+//! works only while this thread waits. Between reading a fault and waking the thread that touched, it allocates nothing, takes
+//! no lock that others hold while they wait, and logs nothing: another thread may hold the allocator's lock, or any other,
+//! while it waits for this one.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -321,6 +322,11 @@ impl Handler {
     fn wait_for_the_crew(&mut self, ready: &mut [EpollEvent], pause: EpollTimeout) -> usize {
         let tick = self.caller.tick_ms().map_or(EpollTimeout::NONE, EpollTimeout::from);
         let pause = if pause == EpollTimeout::NONE { tick } else { pause };
+        // What was read since it was made may have used some of it up.
+        if !self.has_room_for_the_crew() {
+            self.let_the_crew_go();
+            return 0;
+        }
         self.crew.open(&self.spaces);
         let woken = self.epoll.0.wait(ready, pause).unwrap_or(0);
         self.late = self.crew.close();
@@ -492,7 +498,7 @@ impl Handler {
                 std::thread::yield_now();
                 return;
             }
-            if self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
+            if !is_given && self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
             let Handler { spaces, messages, pending, parked, strays, unsent, shared, resolver, ending, .. } = self;

@@ -75,6 +75,8 @@ pub(crate) struct Keeper {
     deferred: Vec<(SpaceId, AreaRecord)>,
     /// Addresses to be looked up again, because their space was changing.
     later: Vec<Stray>,
+    /// Userfaultfds of departed processes by which somebody may be waking a thread.
+    departed: Vec<Arc<Private<Userfault>>>,
     /// Who waits for everything up to now to be counted.
     settling: Vec<Ticket<()>>,
     ended: bool,
@@ -103,6 +105,7 @@ impl Keeper {
             peers: HashMap::new(),
             deferred: Vec::new(),
             later: Vec::new(),
+            departed: Vec::new(),
             settling: Vec::new(),
             ended: false,
         })
@@ -134,6 +137,7 @@ impl Keeper {
             for stray in std::mem::take(&mut self.later) {
                 self.look_up(stray);
             }
+            self.close_departed();
             // An area that could not be told yet is counted first.
             if !self.settling.is_empty() && self.later.is_empty() {
                 // What the kernel had to report when the question came is reported by now.
@@ -563,7 +567,15 @@ impl Keeper {
             while let Some(area) = removed.table.pop() {
                 self.close(area);
             }
+            self.departed.extend(removed.uffd.take());
         }
         drop(peer);
+        self.close_departed();
+    }
+
+    /// Closes the userfaultfds of departed processes that nobody is waking threads by any more: who answers faults must not
+    /// come to be the one who closes.
+    fn close_departed(&mut self) {
+        self.departed.retain(|uffd| Arc::strong_count(uffd) > 1);
     }
 }

@@ -282,6 +282,11 @@ impl Drop for Placer {
 
 /// Moves this thread to a processor; tells whether it is allowed there.
 pub(super) fn move_to(cpu: usize) -> bool {
+    move_thread_to(0, cpu)
+}
+
+/// As [`move_to`], of a thread of this process.
+pub(super) fn move_thread_to(thread: i32, cpu: usize) -> bool {
     let mut set = CpuSet::new();
-    set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)).is_ok()
+    set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(thread), &set)).is_ok()
 }

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 pub(super) const SHARDS: usize = 8;
 /// The copy of every thread that has none of its own.
 const COMMON: usize = 0;
+/// The copy of the thread that answers faults most of the time.
+const FIRST: usize = 1;
 /// Copies for the signal handlers of threads that run at once, on different processors.
 const SIGNALLED: usize = 4;
 
@@ -27,8 +29,13 @@ impl Owners {
     /// Gives the current thread counters of its own in this engine, the only one in which it counts, if there are some left.
     /// Nobody gets them after it.
     pub(crate) fn take(&self) {
-        let shard = 1 + self.0.fetch_add(1, Ordering::Relaxed);
+        let shard = FIRST + 1 + self.0.fetch_add(1, Ordering::Relaxed);
         SHARD.set(if shard < SHARDS { shard } else { COMMON });
+    }
+
+    /// As [`Owners::take`], for the one thread that is sure of it.
+    pub(crate) fn take_first(&self) {
+        SHARD.set(FIRST);
     }
 }
 
@@ -84,8 +91,10 @@ mod tests {
             for n in 0..3 * SHARDS {
                 let (counters, owners) = (&counters, &owners);
                 scope.spawn(move || {
-                    if n % 3 != 0 {
-                        owners.take();
+                    match n % 3 {
+                        _ if n == 1 => owners.take_first(),
+                        0 => {}
+                        _ => owners.take(),
                     }
                     (0..1000).for_each(|_| add(counters, 1));
                 });
