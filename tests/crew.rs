@@ -275,6 +275,33 @@ fn a_crew_is_called_when_two_processors_fault_and_let_go_after() {
     });
 }
 
+/// Members step back behind other threads where they may. Where those leave them no processor, the owner answers, and nobody
+/// waits for long.
+#[test]
+fn threads_that_compute_beside_a_crew_keep_no_fault_waiting() {
+    alone("threads_that_compute_beside_a_crew_keep_no_fault_waiting", || {
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        let engine = engine_builder().handlers(2).handlers_standing_by(false).fault_around_pages(1).build().unwrap();
+        const PAGES: u64 = 3000;
+        let (_vmap, region) = attached(&engine, &pages(2 * PAGES));
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 * cpus {
+                scope.spawn(|| while !over.load(Ordering::Relaxed) {});
+            }
+            let faulting = [0, PAGES].map(|first| {
+                let region = &region;
+                scope.spawn(move || {
+                    (first..first + PAGES).for_each(|page| assert_eq!(read_page(region, page), Ok(mark(page))));
+                })
+            });
+            faulting.into_iter().for_each(|thread| thread.join().unwrap());
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(settled_stats(&engine).panics, 0);
+    });
+}
+
 /// Pages a second of some threads, or processes, that touch `nr_pages` pages in a random order.
 fn speed(
     threads: usize,
