@@ -287,7 +287,11 @@ fn threads_that_compute_beside_a_crew_keep_no_fault_waiting() {
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..2 * cpus {
-                scope.spawn(|| while !over.load(Ordering::Relaxed) {});
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                });
             }
             let faulting = [0, PAGES].map(|first| {
                 let region = &region;
