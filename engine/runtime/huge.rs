@@ -173,12 +173,11 @@ impl Resolver {
         if self.claims.iter().any(|claim| claim.vmap == vmap.id && claim.pages.contains(&pages.start)) {
             return if is_worker { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
         }
-        if fault.retries > 0 {
-            match map_resident(uffd, fault.addr, page.bytes()) {
-                Resident::No => {}
-                Resident::Later if fault.retries >= RETRIES_BEFORE_ASIDE => {}
-                resident => return self.mapped_huge(uffd, *page, fault, resident),
-            }
+        // It may have been brought for another space before this fault was read: composing it takes longer than asking.
+        match map_resident(uffd, fault.addr, page.bytes()) {
+            Resident::No => {}
+            Resident::Later if fault.retries >= RETRIES_BEFORE_ASIDE => {}
+            resident => return self.mapped_huge(uffd, *page, fault, resident),
         }
         // It was provided before the vmap was built.
         let Some(memory) = self.huge.of(*page) else { return self.poison_huge(space, uffd, *page, fault) };

@@ -176,8 +176,17 @@ impl Resolver {
                 self.poison(space, uffd, fault)
             }
             TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
-            TryRead::WouldBlock => self.hand_to_worker(space, area, fault, window),
+            TryRead::WouldBlock => match self.brought_for_another(uffd, fault) {
+                Some(answer) => answer,
+                None => self.hand_to_worker(space, area, fault, window),
+            },
         }
+    }
+
+    /// Maps a page that was not there when its thread touched, and has been brought for another space before its fault was
+    /// read; `None` if it has not. A fault that was put off was asked about already.
+    fn brought_for_another(&self, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
+        if fault.retries > 0 { None } else { self.map_resident(uffd, fault.addr) }
     }
 
     /// Tells whether the thread that faulted is one of the workers. Another process's thread ids may be of another
