@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, PageSize, PopulateOptions, Region, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
 use support::pool::{HUGE, per_huge, with_pool};
+use support::populating::{assert_marks, bytes, populate_amid_trouble, slow};
 use support::raw::FAR;
-use support::scene::{GatedSource, Rng, at, child, settled, sourced_pages};
+use support::scene::{GatedSource, at, child, settled};
 use support::{
     alone, assert_sigbus, attached, engine_builder, eventually, holes, mark, pages, read_page, reap_ok, settled_stats,
     source, threads, touch,
@@ -19,10 +20,6 @@ use support::{
 
 fn engine() -> Engine {
     engine_builder().fault_around_pages(1).build().unwrap()
-}
-
-fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<usize> {
-    pages.start as usize * page_size()..pages.end as usize * page_size()
 }
 
 /// The pages of a region that are mapped in this process, as the kernel's page table has them.
@@ -38,17 +35,6 @@ fn mapped_of(region: &Region, pages: std::ops::Range<u64>) -> u64 {
     File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first * size_of::<u64>() as u64).unwrap();
     let entries = entries.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
     entries.filter(|entry| entry & PRESENT != 0).count() as u64
-}
-
-/// Pages of a source, where there are any.
-fn slow(nr_pages: u64) -> Kiobuf {
-    let without = support::taken_away().contains(kiomap::Features::THREAD_ID);
-    if without { pages(nr_pages) } else { sourced_pages(nr_pages) }
-}
-
-#[track_caller]
-fn assert_marks(region: &Region, wanted: std::ops::Range<u64>) {
-    wanted.into_iter().for_each(|page| assert_eq!(touch::read(at(region, page)), Ok(mark(page)), "page {page}"));
 }
 
 #[track_caller]
@@ -250,43 +236,7 @@ fn populating_among_faults_unmaps_and_revokes_brings_no_wrong_byte() {
         const PAGES: u64 = 1200;
         let engine = engine_builder().build().unwrap();
         for seed in 0..30 {
-            let list = if seed % 2 == 0 { pages(PAGES) } else { slow(PAGES) };
-            let vmap = engine.vmap_builder(&list).expandable().build().unwrap();
-            let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
-            let cut = 100 * (1 + seed % 5);
-            std::thread::scope(|scope| {
-                let (region, vmap) = (&region, &vmap);
-                for populating in 0..2 {
-                    scope.spawn(move || match region.populate(bytes(200 * populating..PAGES)) {
-                        Ok(()) | Err(Error::NotPopulated { .. }) => {}
-                        Err(other) => panic!("{other}"),
-                    });
-                }
-                scope.spawn(move || {
-                    let mut order: Vec<u64> = (0..PAGES).collect();
-                    Rng::new(seed).shuffle(&mut order);
-                    for page in order {
-                        match touch::read(at(region, page)) {
-                            Ok(byte) => assert_eq!(byte, mark(page), "page {page}"),
-                            Err(refused) => assert!(
-                                (seed % 3 != 0 && refused.is_sigbus_at(at(region, page) as usize))
-                                    || ((cut..cut + 50).contains(&page) && refused.is_sigsegv()),
-                                "page {page}: {refused:?}"
-                            ),
-                        }
-                    }
-                });
-                scope.spawn(move || {
-                    Rng::new(seed).dawdle(300_000);
-                    // SAFETY: nothing refers to the pages.
-                    assert_eq!(unsafe { libc::munmap(at(region, cut).cast(), 50 * page_size()) }, 0);
-                    match seed % 3 {
-                        0 => vmap.expand(&pages(10)).unwrap(),
-                        1 => vmap.revoke(Revoke::Soft).unwrap(),
-                        _ => vmap.revoke(Revoke::Hard).unwrap(),
-                    }
-                });
-            });
+            let (vmap, _region) = populate_amid_trouble(&engine, PAGES, 50, seed);
             settled(&engine, &vmap, 2);
         }
     });

@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{ThreadId, available_parallelism};
 
-use kiomap::{AttachOptions, Error, Kiobuf, Region, Revoke, page_size};
+use kiomap::{AttachOptions, Error, Kiobuf, page_size};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{ForkResult, Pid, fork};
+use support::populating::{assert_marks, bytes, populate_amid_trouble};
 use support::raw::FAR;
-use support::scene::{Rng, at, settled, sourced_pages};
+use support::scene::{at, settled};
 use support::{
     DEADLINE, alone, assert_sigbus, attached, engine_builder, holes, list_with_holes, mark, pages, reap_ok, source,
     threads, touch,
@@ -21,10 +22,6 @@ use support::{
 
 /// More than what one thread brings alone.
 const MANY: u64 = 9_000;
-
-fn bytes(pages: std::ops::Range<u64>) -> std::ops::Range<usize> {
-    pages.start as usize * page_size()..pages.end as usize * page_size()
-}
 
 fn has_two_processors() -> bool {
     available_parallelism().is_ok_and(|processors| processors.get() > 1)
@@ -40,11 +37,6 @@ fn on_one_processor<T>(body: impl FnOnce() -> T) -> T {
     let done = body();
     sched_setaffinity(me, &before).unwrap();
     done
-}
-
-#[track_caller]
-fn assert_marks(region: &Region, wanted: std::ops::Range<u64>) {
-    wanted.into_iter().for_each(|page| assert_eq!(touch::read(at(region, page)), Ok(mark(page)), "page {page}"));
 }
 
 /// What a populating that brought not all says.
@@ -154,45 +146,8 @@ fn what_can_not_be_had_is_told_as_by_one_thread() {
 fn among_faults_unmaps_and_revokes_no_wrong_byte_comes() {
     alone("among_faults_unmaps_and_revokes_no_wrong_byte_comes", || {
         let engine = engine_builder().build().unwrap();
-        let with_sources = !support::taken_away().contains(kiomap::Features::THREAD_ID);
         for seed in 0..6 {
-            let list = if seed % 2 == 0 || !with_sources { pages(MANY) } else { sourced_pages(MANY) };
-            let vmap = engine.vmap_builder(&list).expandable().build().unwrap();
-            let region = vmap.attach(&AttachOptions::new().at(FAR)).unwrap();
-            let cut = 1000 * (1 + seed % 5);
-            std::thread::scope(|scope| {
-                let (region, vmap) = (&region, &vmap);
-                for populating in 0..2 {
-                    scope.spawn(move || match region.populate(bytes(200 * populating..MANY)) {
-                        Ok(()) | Err(Error::NotPopulated { .. }) => {}
-                        Err(other) => panic!("{other}"),
-                    });
-                }
-                scope.spawn(move || {
-                    let mut order: Vec<u64> = (0..MANY).collect();
-                    Rng::new(seed).shuffle(&mut order);
-                    for page in order {
-                        match touch::read(at(region, page)) {
-                            Ok(byte) => assert_eq!(byte, mark(page), "page {page}"),
-                            Err(refused) => assert!(
-                                (seed % 3 != 0 && refused.is_sigbus_at(at(region, page) as usize))
-                                    || ((cut..cut + 500).contains(&page) && refused.is_sigsegv()),
-                                "page {page}: {refused:?}"
-                            ),
-                        }
-                    }
-                });
-                scope.spawn(move || {
-                    Rng::new(seed).dawdle(3_000_000);
-                    // SAFETY: nothing refers to the pages.
-                    assert_eq!(unsafe { libc::munmap(at(region, cut).cast(), 500 * page_size()) }, 0);
-                    match seed % 3 {
-                        0 => vmap.expand(&pages(10)).unwrap(),
-                        1 => vmap.revoke(Revoke::Soft).unwrap(),
-                        _ => vmap.revoke(Revoke::Hard).unwrap(),
-                    }
-                });
-            });
+            let (vmap, _region) = populate_amid_trouble(&engine, MANY, 500, seed);
             assert_eq!(helpers(), 0);
             settled(&engine, &vmap, 2);
         }

@@ -3,6 +3,7 @@
 
 pub(crate) mod calls;
 pub(crate) mod pool;
+pub(crate) mod populating;
 pub(crate) mod raw;
 pub(crate) mod scene;
 pub(crate) mod touch;
