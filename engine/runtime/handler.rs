@@ -322,7 +322,6 @@ impl Handler {
     fn wait_for_the_crew(&mut self, ready: &mut [EpollEvent], pause: EpollTimeout) -> usize {
         let tick = self.caller.tick_ms().map_or(EpollTimeout::NONE, EpollTimeout::from);
         let pause = if pause == EpollTimeout::NONE { tick } else { pause };
-        // What was read since it was made may have used some of it up.
         if !self.has_room_for_the_crew() {
             self.let_the_crew_go();
             return 0;
@@ -343,7 +342,7 @@ impl Handler {
             return;
         }
         let (late, found) = (std::mem::take(&mut self.late), std::mem::take(&mut self.found));
-        if unfit || !self.has_room_for_the_crew() {
+        if unfit {
             return self.let_the_crew_go();
         }
         match self.caller.review(&self.crew, late, found) {
