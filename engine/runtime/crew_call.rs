@@ -2,11 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
-use nix::time::{ClockId, clock_gettime};
-
 use super::crew::{Crew, HANDLERS_MAX, Member, REMEMBERED};
 use super::crew_roster::Roster;
 use crate::space::SpaceId;
+use crate::sys::clock;
 
 /// Threads that are remembered.
 const THREADS: usize = 4;
@@ -265,5 +264,5 @@ impl Caller {
 
 /// A clock that ticks with the scheduler, which is cheap to read.
 fn now_ms() -> i64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, |now| now.tv_sec() * 1000 + now.tv_nsec() / 1_000_000)
+    clock::coarse_ns() / 1_000_000
 }

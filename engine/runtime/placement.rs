@@ -16,11 +16,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
 use super::watch::{Watch, set_policy};
 use super::whereabouts;
+use crate::sys::clock;
 use crate::{Error, Result};
 
 /// Says where the thread runs that answers faults ([`EngineBuilder::placement`](crate::EngineBuilder::placement)).
@@ -225,8 +225,7 @@ impl Placer {
 
     /// Counts a run of faults of one thread; follows it when it is long.
     fn consider(&mut self, thread: i32) {
-        let Ok(now) = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE) else { return };
-        let now = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+        let now = clock::coarse_ns();
         let pause = now - self.run_began_ns;
         if thread != self.thread || pause > SOON_NS * i64::from(self.run / RUN_BEFORE_FOLLOWING + 1) {
             self.thread = thread;

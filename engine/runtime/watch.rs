@@ -9,11 +9,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::timerfd::{ClockId as TimerClock, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, gettid};
 
 use super::bell::EpollFd;
 use crate::process::ledger::Private;
+use crate::sys::clock::now_ns;
 
 /// How long the handler may go without a step.
 const PATIENCE: Duration = Duration::from_millis(5);
@@ -207,10 +207,6 @@ impl Watch {
         self.taken.store(true, Ordering::Release);
         self.state.store(ASLEEP, Ordering::Release);
     }
-}
-
-fn now_ns() -> i64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| now.tv_sec() * 1_000_000_000 + now.tv_nsec())
 }
 
 /// Sets the scheduling policy of a thread; 0 is the current one. Its nice value stays.

@@ -4,9 +4,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_gettime};
-
 use super::shards::{Sharded, add};
+use crate::sys::clock;
 
 /// Parts of each power of two: a bucket's end is at most an eighth above any duration in it.
 const PARTS: usize = 8;
@@ -15,8 +14,7 @@ const PARTS_LOG2: u32 = PARTS.trailing_zeros();
 const TOP: u32 = 40;
 const BUCKETS: usize = (TOP - PARTS_LOG2 + 2) as usize * PARTS;
 
-/// A moment, in nanoseconds of the monotonic clock, which the kernel's vDSO tells without a system call where the machine
-/// has a clock that allows that.
+/// A moment, in nanoseconds of the monotonic clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Moment(u64);
 
@@ -26,9 +24,7 @@ impl Moment {
     pub(crate) const UNKNOWN: Moment = Moment(0);
 
     pub(crate) fn now() -> Moment {
-        // There has been a monotonic clock on every Linux for decades; without one, durations are 0.
-        clock_gettime(ClockId::CLOCK_MONOTONIC)
-            .map_or(Moment(0), |now| Moment(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64))
+        Moment(clock::now_ns() as u64)
     }
 
     /// The same in microseconds.
