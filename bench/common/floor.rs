@@ -24,11 +24,11 @@ pub(crate) enum With {
     Poison,
 }
 
-/// Memory, untouched, and a thread that answers for it.
+/// Memory, untouched, and threads that answer for it.
 pub(crate) struct Floor {
     memory: Arc<Mapping>,
     pages: usize,
-    handler: JoinHandle<u64>,
+    handlers: Vec<JoinHandle<u64>>,
 }
 
 impl Floor {
@@ -42,31 +42,50 @@ impl Floor {
         way: OpenWay,
         cpu: Option<usize>,
     ) -> Result<Floor> {
+        Floor::start_all(memory, waiting, with, pages, source, way, &[cpu])
+    }
+
+    /// Starts as many loops as there are places, all of which read the same userfaultfd.
+    pub(crate) fn start_all(
+        memory: Memory,
+        waiting: Waiting,
+        with: With,
+        pages: usize,
+        source: Source,
+        way: OpenWay,
+        cpus: &[Option<usize>],
+    ) -> Result<Floor> {
+        // A page more for each loop, by which it is told that it is done.
+        let all = pages + cpus.len();
         let (memory, uffd) = if let With::Continue(_) = with {
-            let fd = memfd(pages + 1)?;
-            let filled = Mapping::of(Some(&fd), (pages + 1) * page_size())?;
-            fill(&filled, pages + 1);
-            let memory = Mapping::of(Some(&fd), (pages + 1) * page_size())?;
+            let fd = memfd(all)?;
+            let filled = Mapping::of(Some(&fd), all * page_size())?;
+            fill(&filled, all);
+            let memory = Mapping::of(Some(&fd), all * page_size())?;
             let uffd = Uffd::open_for(way, waiting, FEATURE_MINOR)?;
             uffd.register_minor(&memory)?;
             (memory, uffd)
         } else {
-            let memory = Mapping::new(memory, pages + 1, pages + 1)?;
+            let memory = Mapping::new(memory, all, all)?;
             let uffd = Uffd::open(way, waiting)?;
             uffd.register(&memory)?;
             (memory, uffd)
         };
-        let memory = Arc::new(memory);
-        let range = Arc::clone(&memory);
-        let handler = std::thread::Builder::new().name("floor".into()).spawn(move || {
-            if let Some(cpu) = cpu
-                && let Err(error) = run_on(&[cpu])
-            {
-                eprintln!("the floor runs anywhere: {error:#}");
-            }
-            answer(&uffd, &range, pages, with, &source)
-        });
-        Ok(Floor { memory, pages, handler: handler.context("starting the floor's handler")? })
+        let (memory, uffd) = (Arc::new(memory), Arc::new(uffd));
+        let start = |&cpu: &Option<usize>| {
+            let (uffd, range, source) = (Arc::clone(&uffd), Arc::clone(&memory), source.clone());
+            let handler = std::thread::Builder::new().name("floor".into()).spawn(move || {
+                if let Some(cpu) = cpu
+                    && let Err(error) = run_on(&[cpu])
+                {
+                    eprintln!("the floor runs anywhere: {error:#}");
+                }
+                answer(&uffd, &range, pages, with, &source)
+            });
+            handler.context("starting the floor's handler")
+        };
+        let handlers = cpus.iter().map(start).collect::<Result<_>>()?;
+        Ok(Floor { memory, pages, handlers })
     }
 
     /// The address of the first page.
@@ -74,12 +93,15 @@ impl Floor {
         self.memory.as_ptr().expose_provenance()
     }
 
-    /// Ends the loop; how many faults it answered.
+    /// Ends the loops; how many faults they answered.
     pub(crate) fn finish(self) -> Result<u64> {
-        // The page behind the last tells the handler that it is done.
-        // SAFETY: the page lies within the mapping; no reference to it exists.
-        unsafe { self.memory.as_ptr().add(self.pages * page_size()).write_volatile(1) };
-        self.handler.join().ok().context("the floor's handler panicked")
+        for page in self.pages..self.pages + self.handlers.len() {
+            // Whichever loop reads of this page is done.
+            // SAFETY: the page lies within the mapping; no reference to it exists.
+            unsafe { self.memory.as_ptr().add(page * page_size()).write_volatile(1) };
+        }
+        let ended = self.handlers.into_iter().map(JoinHandle::join);
+        ended.map(|faults| faults.ok().context("the floor's handler panicked")).sum()
     }
 }
 
@@ -96,9 +118,9 @@ fn answer(uffd: &Uffd, memory: &Mapping, pages: usize, with: With, source: &Sour
             let answer = if offset >= end {
                 done = true;
                 match with {
-                    With::Continue(_) => uffd.map_held(base + end, page_size()),
+                    With::Continue(_) => uffd.map_held(addr, page_size()),
                     // SAFETY: the page is registered, and no reference to it exists; the source has a page.
-                    _ => unsafe { uffd.copy(base + end, source, page_size()) },
+                    _ => unsafe { uffd.copy(addr, source, page_size()) },
                 }
             } else {
                 faults += 1;

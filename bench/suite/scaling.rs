@@ -177,6 +177,24 @@ pub(crate) fn group(bench: &Bench) -> Group {
             .floor(&floor)
             .native(&native),
         );
+        if n > 1 {
+            let about =
+                format!("{} and as many bare loops of one userfaultfd, each pair on a processor", plural(n, "thread"));
+            series.push(
+                Series::new(format!("scale_floor_one_{n}"), about, pages, move |bench, repetition| {
+                    begin(bench, Place::Free)?;
+                    let cpus: Vec<_> = bench.cpus.iter().take(n).map(|&cpu| Some(cpu)).collect();
+                    let (source, with) = (bench.source.clone(), With::Copy(1));
+                    let floor = Floor::start_all(Memory::Memfd, Waiting::Read, with, pages, source, bench.way, &cpus)?;
+                    let orders = orders(pages, n, Share::Own, repetition);
+                    let span = by_threads(bench, &vec![floor.base(); n], &orders, Contents::Marks, true)?;
+                    floor.finish()?;
+                    Ok(span.sample(bench, pages))
+                })
+                .floor(&floor)
+                .native(&native),
+            );
+        }
         let engine = |name: String, about: String, build: fn() -> EngineBuilder, touch: Touch| {
             Series::new(name, about, pages, move |bench, repetition| {
                 begin(bench, Place::Free)?;
