@@ -69,6 +69,10 @@ pub(crate) struct Handler {
     bell: Arc<Bell>,
     commands: Receiver<Command>,
     messages: MsgBuffer,
+    /// Room for one message.
+    message: MsgBuffer,
+    /// The last read brought one message: the next one asks for no more, which spares the kernel a second look.
+    one_by_one: bool,
     /// Faults read and not answered yet.
     pending: MmapVec<Fault>,
     /// Faults to be tried again: the address space is changing, or a resource is not free.
@@ -178,6 +182,8 @@ impl Handler {
             bell: parts.bell,
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
+            message: MsgBuffer::new(1),
+            one_by_one: false,
             unsent: MmapVec::new(),
             desk: desk.transpose()?,
             done: parts.done,
@@ -250,6 +256,7 @@ impl Handler {
         }
         let mut ready = [EpollEvent::empty(); 32];
         let woken = self.wait(&mut ready, busy.is_some() && self.turns < TURNS_WITHOUT_A_LOOK);
+        self.one_by_one = false;
         self.turns = 0;
         self.take_handed_on();
         if self.crew.is_on() {
@@ -394,9 +401,9 @@ impl Handler {
             if !is_given && self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
                 return;
             }
-            let Handler { spaces, messages, pending, parked, strays, unsent, shared, resolver, ending, .. } = self;
-            let space = &mut spaces[index];
-            let Some(uffd) = space.uffd.clone() else { return };
+            let Handler { spaces, pending, parked, strays, unsent, shared, resolver, ending, .. } = self;
+            let messages = if self.one_by_one { &mut self.message } else { &mut self.messages };
+            let Space { uffd: Some(uffd), table, counters, .. } = &mut spaces[index] else { return };
             // One look at the clock for all that are read together.
             let mut since = None;
             let each = |message| match message {
@@ -406,7 +413,7 @@ impl Handler {
                     if write {
                         add(&shared.counters.write_faults, 1);
                     }
-                    add(&space.counters.faults, 1);
+                    add(&counters.faults, 1);
                     let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
                     let fault =
                         Fault { space: id, addr, tid, write, minor, since, retries: 0, starved: 0, alone: false };
@@ -432,7 +439,7 @@ impl Handler {
                         }
                         _ => [None, None],
                     };
-                    apply_event(shared, space, &uffd, event, unsent);
+                    apply_event(shared, table, counters, uffd, event, unsent);
                     // Their threads were woken. Answered later, they might meet another region at the address.
                     for faults in [&mut *pending, &mut *parked] {
                         faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
@@ -457,7 +464,8 @@ impl Handler {
             match read {
                 Ok(0) | Err(_) => return,
                 Ok(n) => {
-                    add(&self.shared.counters.reads, 1);
+                    add(&shared.counters.reads, 1);
+                    self.one_by_one = n == 1;
                     if n < MESSAGES_PER_READ {
                         return;
                     }
@@ -617,13 +625,12 @@ impl Handler {
         let Some(index) = self.index_of(space) else { return true };
         self.close_desk();
         let Handler { spaces, unsent, shared, .. } = self;
-        let space = &mut spaces[index];
-        let Some(uffd) = space.uffd.clone() else { return true };
-        if space.table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
+        let Space { uffd: Some(uffd), table, counters, .. } = &mut spaces[index] else { return true };
+        if table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
             return false;
         }
         let event = Message::Unmap { start: addr, end: addr + page_size() };
-        apply_event(shared, space, &uffd, event, unsent);
+        apply_event(shared, table, counters, uffd, event, unsent);
         true
     }
 
@@ -958,19 +965,26 @@ fn note(change: Change<Target>, unsent: &mut MmapVec<Post>) {
 }
 
 /// Applies an event of the kernel to a space's table, and tells the keeper what ended.
-fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event: Message, unsent: &mut MmapVec<Post>) {
+fn apply_event(
+    shared: &EngineShared,
+    table: &mut AreaTable<Target>,
+    counters: &SpaceCounters,
+    uffd: &Userfault,
+    event: Message,
+    unsent: &mut MmapVec<Post>,
+) {
     add(&shared.counters.events, 1);
     // Room for both kinds of change was reserved before the event was read, so the table can't refuse.
     let change = |change| note(change, unsent);
     match event {
         Message::Unmap { start, end } => {
-            let _ = space.table.unmap(start, end, change);
+            let _ = table.unmap(start, end, change);
             // A thread that waits for a page of a range that is gone sleeps until it is woken; then it gets SIGSEGV.
             let _ = uffd.wake(start, end - start);
             add(&shared.counters.wakes, 1);
         }
         Message::Remap { from, to, len } => {
-            let _ = space.table.remap(from, to, len, change);
+            let _ = table.remap(from, to, len, change);
             let _ = uffd.wake(from, len);
             add(&shared.counters.wakes, 1);
         }
@@ -980,7 +994,7 @@ fn apply_event(shared: &EngineShared, space: &mut Space, uffd: &Userfault, event
         // closed here.
         Message::Fork(_) | Message::Fault { .. } => {}
     }
-    space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
+    counters.areas.store(table.len() as u64, Ordering::Relaxed);
 }
 
 #[cfg(test)]
