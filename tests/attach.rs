@@ -143,6 +143,49 @@ fn two_engines_on_one_range_are_refused() {
     });
 }
 
+/// T102: engines side by side serve one range of memory, each its part, for threads that go over all of it, and in a child; when
+/// one part goes, the others stay.
+#[test]
+fn engines_side_by_side_serve_one_range() {
+    alone("engines_side_by_side_serve_one_range", || {
+        const PARTS: usize = 3;
+        const PART_PAGES: usize = 40;
+        let list = pages((PARTS * PART_PAGES) as u64);
+        let engines = [(); PARTS].map(|()| engine_builder().build().unwrap());
+        let vmaps = engines.each_ref().map(|engine| engine.vmap(&list).unwrap());
+        let start = FAR;
+        let regions: Vec<Region> = (0..PARTS)
+            .map(|part| {
+                let options = long(PART_PAGES as u64).pgoff((part * PART_PAGES) as u64);
+                vmaps[part].attach(&options.at(start + part * PART_PAGES * page_size())).unwrap()
+            })
+            .collect();
+        let read = |page: usize| touch::read((start + page * page_size()) as *const u8);
+        let all = 0..PARTS * PART_PAGES;
+        std::thread::scope(|scope| {
+            for first in [0, 7] {
+                let all = all.clone();
+                scope.spawn(move || {
+                    // In steps over the borders, back and forth.
+                    for page in all.map(|page| (first + page * 53) % (PARTS * PART_PAGES)) {
+                        assert_eq!(read(page), Ok(mark(page as u64)), "page {page}");
+                    }
+                });
+            }
+        });
+        let child = fork_child(|| all.clone().for_each(|page| assert_eq!(read(page), Ok(mark(page as u64)))));
+        reap_ok(child);
+        let mut regions = regions;
+        drop(regions.remove(1));
+        for page in (0..PART_PAGES).chain(2 * PART_PAGES..3 * PART_PAGES) {
+            assert_eq!(read(page), Ok(mark(page as u64)), "page {page}");
+        }
+        for (vmap, count) in vmaps.iter().zip([1, 0, 1]) {
+            eventually("the child's end", || vmap.refcount().unwrap() == count);
+        }
+    });
+}
+
 /// T116, B12: every mapping of a vmap is a shared one, also the owner's own.
 #[test]
 fn every_mapping_is_shared() {

@@ -4,7 +4,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use kiomap::{Delivery, Engine, EngineBuilder, page_size};
+use kiomap::{AttachOptions, Delivery, Engine, EngineBuilder, Kiobuf, Vmap, page_size};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
@@ -127,6 +127,27 @@ fn by_children(base: usize, orders: &[Vec<usize>]) -> Result<Span> {
     Ok(Span { begin: told.begin.load(Ordering::Acquire), end: told.end.load(Ordering::Acquire), cpu })
 }
 
+/// An address where the kernel puts nothing by itself.
+const FREE: usize = 0x1000_0000_0000;
+
+/// A list in one range of memory, of which each of `n` engines serves a part.
+fn side_by_side(builder: EngineBuilder, list: &Kiobuf, n: usize) -> Result<Vec<Served>> {
+    let pages = list.nr_pages() as usize;
+    let publish = |_| {
+        let engine = builder.clone().build().context("building an engine")?;
+        let vmap = engine.vmap(list).context("publishing a list")?;
+        Ok((engine, vmap))
+    };
+    let published = (0..n).map(publish).collect::<Result<Vec<_>>>()?;
+    let serve = |(which, (engine, vmap)): (usize, (Engine, Vmap))| {
+        let (first, end) = (pages * which / n, pages * (which + 1) / n);
+        let part = AttachOptions::new().pgoff(first as u64).len_bytes((end - first) * page_size());
+        let region = vmap.attach(&part.at(FREE + first * page_size())).context("attaching a part of a range")?;
+        Ok(Served { region, engine })
+    };
+    published.into_iter().enumerate().map(serve).collect()
+}
+
 /// How many touch at once: one, two, four, and as many as there are processors.
 fn counts(cpus: usize) -> Vec<usize> {
     let mut counts: Vec<usize> = (0..).map(|doublings| 1 << doublings).take_while(|&n| n < cpus).collect();
@@ -227,6 +248,23 @@ pub(crate) fn group(bench: &Bench) -> Group {
                     by_threads(bench, &vec![base; n], &orders, Contents::Marks, false)
                 },
             ));
+        }
+        if n > 1 {
+            let about =
+                format!("{n} engines side by side, each for a part of the range and its thread, one page a fault");
+            series.push(
+                Series::new(format!("scale_engine_engines_{n}"), about, pages, move |bench, repetition| {
+                    begin(bench, Place::Free)?;
+                    let served = side_by_side(one_page(), &list(&bench.source, pages)?, n)?;
+                    let base = served.first().context("no engine")?.base();
+                    let orders = orders(pages, n, Share::Own, repetition);
+                    let span = by_threads(bench, &vec![base; n], &orders, Contents::Marks, false)?;
+                    served.into_iter().try_for_each(Served::finish)?;
+                    Ok(span.sample(bench, pages))
+                })
+                .floor(&floor)
+                .native(&native),
+            );
         }
         series.push(engine(
             format!("scale_engine_default_{n}"),
