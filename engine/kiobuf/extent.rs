@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use super::PageSource;
 use super::file::PagedFile;
 use super::memfd::Memfd;
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::page::{page_size, pages_for};
+use crate::source::PageSource;
 
 /// Says where the pages of an extent come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -11,9 +11,10 @@ use super::extent::{Base, Extent};
 use super::file::PagedFile;
 use super::memfd::Memfd;
 use super::memory::{Borrowed, Memory};
-use super::{Arena, Inner, Kiobuf, PageSource, maps};
+use super::{Arena, Inner, Kiobuf, maps};
 use crate::error::{Error, Result};
 use crate::page::page_size;
+use crate::source::PageSource;
 
 impl Kiobuf {
     /// Maps the bytes that `guard` lends, in place (`map_user_kiobuf`), and keeps `guard` until the last snapshot dies.

@@ -21,7 +21,7 @@ mod memory;
 mod nopage;
 mod outcome;
 mod read;
-mod source;
+
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -32,7 +32,6 @@ pub use lock::{LockWait, PageLock};
 pub(crate) use memfd::MemfdRun;
 pub(crate) use nopage::Nopage;
 pub(crate) use outcome::TryRead;
-pub use source::PageSource;
 
 use extent::{Base, Extent, add_pages};
 
