@@ -113,7 +113,7 @@ pub(crate) enum How {
 pub(crate) enum Outcome {
     /// The backing object holds the pages; the worker has filled so many of them.
     Installed { pages: u64 },
-    /// The list was exchanged meanwhile.
+    /// The list was exchanged meanwhile, or the engine was shut down.
     Exchanged,
     Failed(Why),
 }
@@ -269,7 +269,7 @@ impl Reads {
         let Some(index) = self.reads.iter().position(|read| read.id == id) else { return false };
         let removed = !waits && matches!(self.reads[index].state, State::Queued | State::Paused { .. });
         if removed {
-            self.reads.swap_remove(index);
+            self.reads.remove(index);
         }
         removed
     }
@@ -280,7 +280,7 @@ impl Reads {
         let id = read.id;
         match read.state {
             State::Made | State::Late => read.state = State::Late,
-            State::Queued | State::Paused { .. } => drop(self.reads.swap_remove(index)),
+            State::Queued | State::Paused { .. } => drop(self.reads.remove(index)),
         }
         self.changed = true;
         Ended { id, how }
@@ -331,6 +331,14 @@ impl Reads {
         self.waiters.iter().find(|(read, _)| *read == id).map(|(_, waiter)| waiter)
     }
 
+    /// A fault that waits for a read.
+    pub(crate) fn first_fault(&self, id: u64) -> Option<&Fault> {
+        self.waiters.iter().find_map(|(read, waiter)| match waiter {
+            Waiter::Fault(fault) if *read == id => Some(fault),
+            _ => None,
+        })
+    }
+
     /// A worker is at a read.
     pub(crate) fn made(&mut self, index: usize) {
         self.reads[index].state = State::Made;
@@ -346,7 +354,7 @@ impl Reads {
         self.changed = true;
         let index = self.reads.iter().position(|read| read.id == id)?;
         if self.reads[index].state == State::Late || !self.waiters.iter().any(|(read, _)| *read == id) {
-            self.reads.swap_remove(index);
+            self.reads.remove(index);
             return None;
         }
         let how = match outcome {
@@ -362,7 +370,7 @@ impl Reads {
                 }
             },
         };
-        self.reads.swap_remove(index);
+        self.reads.remove(index);
         Some(Ended { id, how })
     }
 

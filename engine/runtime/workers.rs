@@ -6,7 +6,7 @@
 //!
 //! They are started when they are needed, by the keeper. One that does not come back from a source is never waited for.
 
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -50,6 +50,8 @@ pub(crate) struct Roll {
     started: AtomicUsize,
     /// Those that were asked for and could not be started.
     refused: AtomicUsize,
+    /// What they read is not installed any more.
+    closed: AtomicBool,
 }
 
 impl Roll {
@@ -58,6 +60,7 @@ impl Roll {
             ids: [const { AtomicI32::new(-1) }; THREADS_MAX],
             started: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -69,6 +72,11 @@ impl Roll {
     /// The workers that were asked for and will not come.
     pub(crate) fn refused(&self) -> usize {
         self.refused.load(Ordering::Acquire)
+    }
+
+    /// Has nothing be installed any more: what is not there at a shutdown does not come after it.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
     }
 
     /// Tells whether a thread of the engine's process is one of them.
@@ -136,7 +144,7 @@ fn run(shared: &EngineShared, roll: &Roll, jobs: &Receiver<ReadJob>, done: &Send
     roll.started.store(index + 1, Ordering::Release);
     bell.ring();
     while let Ok(mut job) = jobs.recv() {
-        let outcome = read(shared, &mut job);
+        let outcome = read(shared, roll, &mut job);
         let ReadJob { id, subject, lent, .. } = job;
         // Perhaps the last reference: the code of what the list keeps alive is the application's too.
         if shared.recognises_workers() {
@@ -156,7 +164,7 @@ fn run(shared: &EngineShared, roll: &Roll, jobs: &Receiver<ReadJob>, done: &Send
 }
 
 /// Reads the pages of a job and installs them.
-fn read(shared: &EngineShared, job: &mut ReadJob) -> Outcome {
+fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
     let ReadJob { subject, pages, lent, .. } = job;
     let read = contain(shared, || match lent.huge {
         Some(_) => huge::read(&subject.list, pages.clone(), &mut lent.buffer.0),
@@ -166,6 +174,7 @@ fn read(shared: &EngineShared, job: &mut ReadJob) -> Outcome {
         }
     });
     let outcome = match read {
+        Some(Ok(())) if roll.closed.load(Ordering::Acquire) => Outcome::Exchanged,
         Some(Ok(())) => install(shared, job),
         // It may own memory, which is to be freed here and not by the fault-handling thread.
         Some(Err(failure)) => Outcome::Failed(Why::new(FailureCause::Error(failure.errno()), failure)),

@@ -41,7 +41,7 @@ impl Handler {
         while let Ok(done) = self.done.try_recv() {
             let filled = if let Outcome::Installed { pages } = done.outcome { pages } else { 0 };
             if filled > 0
-                && let Some(Waiter::Fault(fault)) = self.resolver.slow.reads.first_waiter(done.id)
+                && let Some(fault) = self.resolver.slow.reads.first_fault(done.id)
                 && let Some(index) = self.index_of(fault.space)
             {
                 add(&self.spaces[index].counters.pages, filled);
@@ -71,6 +71,7 @@ impl Handler {
 
     /// Answers everybody who waits for a read, whose source may never come back. This thread is retired.
     pub(super) fn abandon_reads(&mut self) {
+        self.resolver.slow.roll.close();
         while let Some(waiter) = self.resolver.slow.reads.any_waiter() {
             match waiter {
                 Waiter::Fault(fault) => self.answer(fault),
@@ -122,7 +123,7 @@ impl Handler {
     /// Has a failure be noted and reported.
     fn tell_failed(&mut self, id: u64, pages: &Range<u64>, Failing { why, tries }: Failing) {
         // Whoever asked is told.
-        let Some(Waiter::Fault(fault)) = self.resolver.slow.reads.first_waiter(id) else { return };
+        let Some(fault) = self.resolver.slow.reads.first_fault(id) else { return };
         let Some(area) = self.index_of(fault.space).and_then(|index| self.spaces[index].table.find(fault.addr)) else {
             return;
         };
