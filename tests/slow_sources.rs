@@ -78,6 +78,8 @@ fn eight_reads_are_in_flight_and_memory_is_served_meanwhile() {
             assert_eq!(held.inside(), (8, 8));
             held.open();
         });
+        // Nobody has looked again and again whether a page is there.
+        assert_eq!(settled_stats(&engine).parked, 0);
     });
 }
 

@@ -116,8 +116,8 @@ impl Pool {
         match started {
             Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
             Err(error) => {
+                // Not told: it would be asked for again at once. It is when a read has ended.
                 self.roll.refused.fetch_add(1, Ordering::Release);
-                self.bell.ring();
                 return Err(error);
             }
         }
