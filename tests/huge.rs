@@ -185,7 +185,11 @@ fn a_source_that_fails_refuses_the_whole_huge_page() {
         let list = source(3 * per_huge(), move |first, nr_pages| {
             counted.fetch_add(1, Ordering::Relaxed);
             let fails = fails.load(Ordering::Relaxed);
-            if fails && (first..first + nr_pages as u64).contains(&bad) { Err(std::io::Error::other("no")) } else { Ok(()) }
+            if fails && (first..first + nr_pages as u64).contains(&bad) {
+                Err(std::io::Error::other("no"))
+            } else {
+                Ok(())
+            }
         });
         let (vmap, region) = attached(&engine, &list);
         assert_marked(&region, 2 * per_huge()..3 * per_huge());

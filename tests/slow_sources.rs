@@ -8,15 +8,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiomap::{
-    AttachOptions, Engine, Error, FailureCause, FailurePolicy, Features, GRANULE_MAX_BYTES, Kiobuf, PageSource, ReadFailed,
-    Region, Revoke, Vmap, page_size,
+    AttachOptions, Engine, Error, FailureCause, FailurePolicy, Features, GRANULE_MAX_BYTES, Kiobuf, PageSource,
+    ReadFailed, Region, Revoke, Vmap, page_size,
 };
 use nix::errno::Errno;
 use support::scene::{Rng, Told, child, kill_and_reap};
 use support::slow::{Says, SlowSource};
 use support::{
-    alone, assert_sigbus, attached, engine_builder, eventually, mark, pages, read_page, reap_ok,
-    settled_stats, touch,
+    alone, assert_sigbus, attached, engine_builder, eventually, mark, pages, read_page, reap_ok, settled_stats, touch,
 };
 
 /// A policy that gives a read up after its first failure.
@@ -259,7 +258,8 @@ fn a_read_that_nobody_waits_for_is_not_made() {
             eventually("its read is forgotten", || engine.stats().reads_cancelled == 1);
             let toucher = touches(scope, &engine, &other, 40);
             // SAFETY: a part of the region, which nobody has a reference to.
-            unsafe { nix::sys::mman::munmap(std::ptr::NonNull::new(other.as_ptr()).unwrap().cast(), 50 * page_size()) }.unwrap();
+            unsafe { nix::sys::mman::munmap(std::ptr::NonNull::new(other.as_ptr()).unwrap().cast(), 50 * page_size()) }
+                .unwrap();
             assert!(toucher.join().unwrap().unwrap_err().is_sigsegv());
             eventually("its read is forgotten", || engine.stats().reads_cancelled == 2);
             let toucher = touches(scope, &engine, &region, 60);
@@ -510,7 +510,9 @@ fn reads_wait_for_room() {
         std::thread::scope(|scope| {
             for n in 0..8 {
                 let region = &region;
-                scope.spawn(move || assert_eq!(read_page(region, n * granule_pages + n), Ok(mark(n * granule_pages + n))));
+                scope.spawn(move || {
+                    assert_eq!(read_page(region, n * granule_pages + n), Ok(mark(n * granule_pages + n)))
+                });
             }
             source.wait_for_inside(1);
             eventually("all faults", || engine.stats().faults >= 8);

@@ -131,7 +131,18 @@ fn read_one(
     let fault = match message {
         Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
             let (addr, since) = (page_floor(addr), Moment::now());
-            Some(Fault { space: id, addr, tid, write, minor: false, since, retries: 0, starved: 0, alone: false, failed: None })
+            Some(Fault {
+                space: id,
+                addr,
+                tid,
+                write,
+                minor: false,
+                since,
+                retries: 0,
+                starved: 0,
+                alone: false,
+                failed: None,
+            })
         }
         _ => None,
     };

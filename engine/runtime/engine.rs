@@ -234,9 +234,11 @@ impl EngineBuilder {
             Self { workers, .. } if !(1..=WORKERS_MAX).contains(workers) => {
                 invalid("workers", *workers, "there must be from 1 to 64")
             }
-            Self { read_buffer_bytes, .. } if *read_buffer_bytes < READ_BUFFERS_MIN_BYTES => {
-                invalid("read_buffer_bytes", *read_buffer_bytes, "it must be at least 8 MiB, two of the largest granule")
-            }
+            Self { read_buffer_bytes, .. } if *read_buffer_bytes < READ_BUFFERS_MIN_BYTES => invalid(
+                "read_buffer_bytes",
+                *read_buffer_bytes,
+                "it must be at least 8 MiB, two of the largest granule",
+            ),
             Self { handlers: Some(handlers), .. } if !(1..=HANDLERS_MAX).contains(handlers) => {
                 invalid("handlers", *handlers, "there must be from 1 to 16")
             }

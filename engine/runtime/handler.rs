@@ -410,8 +410,18 @@ impl Handler {
                     }
                     add(&space.counters.faults, 1);
                     let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
-                    let fault =
-                        Fault { space: id, addr, tid, write, minor, since, retries: 0, starved: 0, alone: false, failed: None };
+                    let fault = Fault {
+                        space: id,
+                        addr,
+                        tid,
+                        write,
+                        minor,
+                        since,
+                        retries: 0,
+                        starved: 0,
+                        alone: false,
+                        failed: None,
+                    };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)

@@ -194,7 +194,13 @@ impl Keeper {
                 Post::Failed(failed) => self.note_failed(failed),
                 Post::Worker => {
                     if let Err(_error) = self.pool.start(&self.shared) {
-                        tell!(WARN, "kiomap::source", "no more workers", engine = self.shared.id, why = _error.to_string());
+                        tell!(
+                            WARN,
+                            "kiomap::source",
+                            "no more workers",
+                            engine = self.shared.id,
+                            why = _error.to_string()
+                        );
                     }
                 }
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}

@@ -112,7 +112,9 @@ pub(crate) enum How {
 #[derive(Clone, Debug)]
 pub(crate) enum Outcome {
     /// The backing object holds the pages; the worker has filled so many of them.
-    Installed { pages: u64 },
+    Installed {
+        pages: u64,
+    },
     /// The list was exchanged meanwhile, or the engine was shut down.
     Exchanged,
     Failed(Why),

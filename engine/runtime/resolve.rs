@@ -63,12 +63,7 @@ pub(crate) struct Resolver {
 }
 
 impl Resolver {
-    pub(crate) fn new(
-        shared: Arc<EngineShared>,
-        bounce: MmapMut,
-        slow: Slow,
-        fault_around: FaultAround,
-    ) -> Resolver {
+    pub(crate) fn new(shared: Arc<EngineShared>, bounce: MmapMut, slow: Slow, fault_around: FaultAround) -> Resolver {
         Resolver { shared, bounce, slow, fault_around, huge: HugeSizes::default() }
     }
 

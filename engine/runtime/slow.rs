@@ -230,7 +230,8 @@ impl Resolver {
                 return Next::NoWorker;
             }
             let read = self.slow.reads.at(found);
-            let Some(subject) = self.slow.reads.first_waiter(read.id).and_then(|waiter| subject(waiter, spaces, &read.wanted))
+            let Some(subject) =
+                self.slow.reads.first_waiter(read.id).and_then(|waiter| subject(waiter, spaces, &read.wanted))
             else {
                 return Next::Over(self.slow.reads.stale(found));
             };

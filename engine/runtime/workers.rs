@@ -25,8 +25,8 @@ use crate::Result;
 use crate::page::page_size;
 use crate::sys::Stop;
 use crate::trace::tell;
-use crate::vmap::fill_read::Unfilled;
 use crate::vmap::failure::{FailureCause, Why};
+use crate::vmap::fill_read::Unfilled;
 
 /// The most reads that may be made at once, of all files and of all sources that may wait.
 pub const WORKERS_MAX: usize = 64;

@@ -215,8 +215,9 @@ impl VmapBuilder {
     /// or minor faults without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
     /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
-        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page, .. } =
-            self;
+        let VmapBuilder {
+            shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page, ..
+        } = self;
         owner_only(&shared, "publishing a vmap")?;
         self.failure_policy.validate()?;
         let backing = if minor_faults { backing_of_minor_faults(&shared, backing)? } else { backing };

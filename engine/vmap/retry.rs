@@ -112,11 +112,8 @@ impl Vmap {
         if pages.clone().all(|page| is_resident(&self.core.object, window, page)) {
             return Ok(());
         }
-        let subject = || Subject {
-            vmap: Arc::clone(&self.core),
-            list: contents.list.clone(),
-            window: contents.window.clone(),
-        };
+        let subject =
+            || Subject { vmap: Arc::clone(&self.core), list: contents.list.clone(), window: contents.window.clone() };
         let (generation, pgoff) = (contents.generation, pages.start);
         let ask = |reply| Command::Read { subject: subject(), generation, pages, reply };
         let read = self.shared.handler.ask(ask)?;

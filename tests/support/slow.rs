@@ -92,8 +92,10 @@ impl SlowSource {
     #[track_caller]
     pub(crate) fn wait_for_inside(&self, n: usize) {
         let state = self.state();
-        let (state, timeout) =
-            self.changed.wait_timeout_while(state, DEADLINE, |state| state.inside < n).unwrap_or_else(PoisonError::into_inner);
+        let (state, timeout) = self
+            .changed
+            .wait_timeout_while(state, DEADLINE, |state| state.inside < n)
+            .unwrap_or_else(PoisonError::into_inner);
         assert!(!timeout.timed_out(), "{} reads are under way, not {n}", state.inside);
     }
 }

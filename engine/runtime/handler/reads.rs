@@ -166,5 +166,8 @@ struct Failing {
 /// What an asker is told whose read says nothing.
 fn again() -> crate::vmap::failure::Why {
     use crate::vmap::failure::{FailureCause, Why};
-    Why::new(FailureCause::Error(nix::errno::Errno::EAGAIN), "the list was exchanged, or its pages are to be asked for alone")
+    Why::new(
+        FailureCause::Error(nix::errno::Errno::EAGAIN),
+        "the list was exchanged, or its pages are to be asked for alone",
+    )
 }
