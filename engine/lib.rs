@@ -48,6 +48,7 @@ mod process;
 mod region;
 mod runtime;
 mod snapshot;
+mod source;
 mod space;
 mod stats;
 mod sys;
@@ -56,20 +57,23 @@ mod vmap;
 
 pub use error::{Error, Result};
 pub use inthread::{Delivery, in_thread};
-pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock, PageSource};
+pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
 pub use page::page_size;
 pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;
-pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
+pub use runtime::engine::{Engine, EngineBuilder, Shutdown};
 pub use runtime::placement::Placement;
+pub use runtime::workers::WORKERS_MAX;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
+pub use source::{GRANULE_MAX_BYTES, PageSource};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,
     range_ioctls,
 };
+pub use vmap::failure::{FailureCause, FailurePolicy, ReadFailed};
 pub use vmap::fill::FillProgress;
 pub use vmap::object::Backing;
 pub use vmap::page_size::PageSize;

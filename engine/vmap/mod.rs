@@ -2,12 +2,15 @@
 
 mod claim;
 pub(crate) mod core;
+pub(crate) mod failure;
 pub(crate) mod fill;
 mod fill_huge;
+pub(crate) mod fill_read;
 pub(crate) mod object;
 pub(crate) mod page_size;
 pub(crate) mod registry;
 pub(crate) mod residency;
+mod retry;
 pub(crate) mod window;
 
 use std::any::Any;
@@ -33,6 +36,7 @@ use crate::trace::tell;
 use crate::{Error, Result};
 use claim::Claim;
 use core::{Contents, DerefFn, VmapCore};
+use failure::{FailedFn, FailurePolicy, Failures, ReadFailed};
 use object::{Backing, Object};
 use page_size::PageSize;
 use residency::Residency;
@@ -71,6 +75,8 @@ pub struct VmapBuilder {
     backing: Backing,
     minor_faults: bool,
     page: PageSize,
+    failure_policy: FailurePolicy,
+    on_read_failed: Option<FailedFn>,
 }
 
 impl VmapBuilder {
@@ -85,6 +91,8 @@ impl VmapBuilder {
             backing: Backing::default(),
             minor_faults: false,
             page: PageSize::default(),
+            failure_policy: FailurePolicy::default(),
+            on_read_failed: None,
         }
     }
 
@@ -96,6 +104,30 @@ impl VmapBuilder {
     #[must_use]
     pub fn on_deref(mut self, callback: impl FnMut(&Vmap) + Send + 'static) -> Self {
         self.on_deref = Some(with_handle(&self.shared, callback));
+        self
+    }
+
+    /// Sets how often a read that fails is tried again, and how long a touch waits for its page; three tries and 30 seconds unless
+    /// set ([`FailurePolicy`]).
+    ///
+    /// It is for what is read when it is touched: files that are not cached, page sources.
+    #[must_use]
+    pub fn failure_policy(mut self, policy: FailurePolicy) -> Self {
+        self.failure_policy = policy;
+        self
+    }
+
+    /// Sets a callback that hears of pages that could not be read, after the tries are used up or the deadline has passed, when
+    /// touches of them are SIGBUS. [`Vmap::retry`] asks for them again.
+    ///
+    /// It runs on the thread of the deref callbacks, outside every lock, once for each read that was given up, and may do what these
+    /// may. If more than 1024 reports wait for it, further ones are only counted ([`ReadFailed::unreported`]).
+    #[must_use]
+    pub fn on_read_failed(mut self, mut callback: impl FnMut(&Vmap, ReadFailed) + Send + 'static) -> Self {
+        let shared = Arc::clone(&self.shared);
+        self.on_read_failed = Some(Box::new(move |core, report| {
+            callback(&Vmap { core: Arc::clone(core), shared: Arc::clone(&shared) }, report);
+        }));
         self
     }
 
@@ -175,7 +207,7 @@ impl VmapBuilder {
     /// that size; [`Error::Misaligned`] for a hole that is not whole huge pages; [`Error::Unsupported`] without the feature
     /// POISON; [`Error::Invalid`] with [`Backing::Shared`].
     ///
-    /// [`Error::Invalid`] when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
+    /// [`Error::Invalid`] for a deadline or a pause of the failure policy that is out of range, and when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
     /// way; the same with [`VmapBuilder::minor_faults`], which [`Backing::Copied`] and
     /// [`Delivery::InThread`](crate::Delivery::InThread) stand in the way of too;
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
@@ -183,9 +215,11 @@ impl VmapBuilder {
     /// or minor faults without the feature THREAD_ID; [`Error::Invalid`] for a file or a page source with
     /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
-        let VmapBuilder { shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page } =
-            self;
+        let VmapBuilder {
+            shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page, ..
+        } = self;
         owner_only(&shared, "publishing a vmap")?;
+        self.failure_policy.validate()?;
         let backing = if minor_faults { backing_of_minor_faults(&shared, backing)? } else { backing };
         refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
@@ -227,6 +261,8 @@ impl VmapBuilder {
         let mut core = VmapCore::new(&shared.opener, id, published, expandable, on_deref, user_data, notices)?;
         core.residency = residency;
         core.minor_faults = minor_faults;
+        core.failure_policy = self.failure_policy;
+        core.failures = Failures::new(self.on_read_failed);
         // After the pool was asked: of the largest pages, it is much memory.
         crate::runtime::huge::provide(&shared, page)?;
         let core = Arc::new(core);

@@ -2,10 +2,12 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod calls;
+pub(crate) mod faulty;
 pub(crate) mod pool;
 pub(crate) mod populating;
 pub(crate) mod raw;
 pub(crate) mod scene;
+pub(crate) mod slow;
 pub(crate) mod touch;
 pub(crate) mod truth;
 

@@ -17,6 +17,7 @@ use super::outcome::ReadFailure;
 use super::*;
 use crate::Error;
 use crate::page::page_size;
+use crate::source::PageSource;
 
 /// Bytes of which no two pages are alike, and none is zero.
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
