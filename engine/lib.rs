@@ -55,7 +55,7 @@ mod sys;
 mod trace;
 mod vmap;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
 pub use page::page_size;
@@ -66,6 +66,15 @@ pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
 pub use runtime::placement::Placement;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
 pub use source::PageSource;
+pub use source::file::{FileOptions, FileSource};
+/// The crate whose stores an [`ObjectSource`] reads.
+#[cfg(feature = "object-store")]
+pub use object_store;
+#[cfg(feature = "object-store")]
+pub use source::object::{ObjectOptions, ObjectSource};
+pub use source::reader::{FnSource, ReadSource};
+#[cfg(feature = "zstd")]
+pub use source::zstd::{MadeImage, ZstdImage, ZstdOptions};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{
