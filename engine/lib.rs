@@ -58,6 +58,9 @@ mod vmap;
 pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
+/// The crate whose stores an [`ObjectSource`] reads.
+#[cfg(feature = "object-store")]
+pub use object_store;
 pub use page::page_size;
 pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
@@ -67,9 +70,6 @@ pub use runtime::placement::Placement;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
 pub use source::PageSource;
 pub use source::file::{FileOptions, FileSource};
-/// The crate whose stores an [`ObjectSource`] reads.
-#[cfg(feature = "object-store")]
-pub use object_store;
 #[cfg(feature = "object-store")]
 pub use source::object::{ObjectOptions, ObjectSource};
 pub use source::reader::{FnSource, ReadSource};

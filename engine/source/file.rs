@@ -301,7 +301,9 @@ mod tests {
             }
         };
         let mut room = vec![0; len + 64];
-        for (start, end) in [(0, len), (0, 1), (1, 2), (511, 4097), (4096, 8192), (5 * page_size(), len), (len - 1, len)] {
+        for (start, end) in
+            [(0, len), (0, 1), (1, 2), (511, 4097), (4096, 8192), (5 * page_size(), len), (len - 1, len)]
+        {
             for shift in [0, 1, 16] {
                 let buf = &mut room[shift..shift + end - start];
                 buf.fill(0xee);

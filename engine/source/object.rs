@@ -144,8 +144,7 @@ impl ObjectSource {
     ///   a replaced object could not be told (`EOPNOTSUPP`); it did not answer in time (`ETIMEDOUT`); anything else (`EIO`).
     /// * [`Error::Sys`]: the runtime's thread can't be started (`EAGAIN`).
     pub fn open(url: &str, options: &ObjectOptions) -> Result<Self> {
-        let not_understood =
-            |why: String| Error::Source { name: shown(url), fault: SourceFault::NotThatFormat, why };
+        let not_understood = |why: String| Error::Source { name: shown(url), fault: SourceFault::NotThatFormat, why };
         let parsed = Url::parse(url).map_err(|error| not_understood(error.to_string()))?;
         let (scheme, _) = ObjectStoreScheme::parse(&parsed).map_err(|error| not_understood(error.to_string()))?;
         if let Some((unknown, _)) = options.settings.iter().find(|(key, _)| !knows(&scheme, key)) {
@@ -160,11 +159,13 @@ impl ObjectSource {
         settings.extend(options.settings.iter().cloned());
         // The process may have chosen one: then that is used.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let has_credentials = scheme != ObjectStoreScheme::AmazonS3 || settings.iter().any(|(key, _)| is_credential(key));
+        let has_credentials =
+            scheme != ObjectStoreScheme::AmazonS3 || settings.iter().any(|(key, _)| is_credential(key));
         let (store, path) = parse_url_opts(&parsed, settings).map_err(|error| opening(&shown(url), &error))?;
         Self::open_named(shown(url), store.into(), path, options).map_err(|error| match error {
             Error::Source { name, fault: SourceFault::TimedOut | SourceFault::Io(_), why } if !has_credentials => {
-                let why = format!("no credentials are set (AWS_ACCESS_KEY_ID and others), and this machine has none: {why}");
+                let why =
+                    format!("no credentials are set (AWS_ACCESS_KEY_ID and others), and this machine has none: {why}");
                 Error::Source { name, fault: SourceFault::Denied, why }
             }
             error => error,
@@ -355,8 +356,14 @@ fn is_credential(key: &str) -> bool {
 /// The runtime that requests run on. Callers are threads that wait.
 enum Work {
     /// Taken when it is dropped.
-    Own { runtime: Option<Runtime>, pid: u32 },
-    Given { handle: Handle, pid: u32 },
+    Own {
+        runtime: Option<Runtime>,
+        pid: u32,
+    },
+    Given {
+        handle: Handle,
+        pid: u32,
+    },
 }
 
 impl Work {

@@ -47,12 +47,15 @@ impl Frames {
         let footer = storage.fetch_at_open(storage.len_bytes - footer_bytes..storage.len_bytes)?;
         let word = |at: usize| u32::from_le_bytes([footer[at], footer[at + 1], footer[at + 2], footer[at + 3]]);
         if word(5) != SEEKABLE_MAGIC_NUMBER {
-            return Err(not_seekable("no seek table of zstd's seekable format is at its end: truncated, or made otherwise"));
+            return Err(not_seekable(
+                "no seek table of zstd's seekable format is at its end: truncated, or made otherwise",
+            ));
         }
         // Before anything is allocated for them.
         let (nr_frames, has_checksums) = (word(0), footer[4] & 0x80 != 0);
         if nr_frames > FRAMES_MAX {
-            let why = format!("its table has {nr_frames} frames, and the limit is {FRAMES_MAX}: make it with larger frames");
+            let why =
+                format!("its table has {nr_frames} frames, and the limit is {FRAMES_MAX}: make it with larger frames");
             return Err(storage.error(SourceFault::TooLarge, &why));
         }
         let entry_bytes = if has_checksums { 12 } else { 8 };
@@ -79,7 +82,8 @@ impl Frames {
         for frame in frames.iter() {
             let [packed, len] = [&frame.compressed, &frame.contents].map(|range| range.end - range.start);
             if len > FRAME_MAX_BYTES as u64 {
-                let why = format!("a frame of {len} bytes, and the limit is {FRAME_MAX_BYTES}: make it with smaller frames");
+                let why =
+                    format!("a frame of {len} bytes, and the limit is {FRAME_MAX_BYTES}: make it with smaller frames");
                 return Err(storage.error(SourceFault::TooLarge, &why));
             }
             // Far more than zstd makes of what can't be compressed.

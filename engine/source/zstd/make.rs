@@ -94,8 +94,9 @@ impl ZstdImage {
         let failed = |name: &str, fault, why: &str| Error::Source { name: name.into(), fault, why: why.into() };
         let reading = |error: std::io::Error| Error::source_io("what the image is made of", &error);
         let writing = |error: std::io::Error| Error::source_io("the image", &error);
-        let mut context = CCtx::try_create()
-            .ok_or_else(|| failed("the image", SourceFault::Io(nix::errno::Errno::ENOMEM), "no memory to compress in"))?;
+        let mut context = CCtx::try_create().ok_or_else(|| {
+            failed("the image", SourceFault::Io(nix::errno::Errno::ENOMEM), "no memory to compress in")
+        })?;
         let refused = |code| failed("the image", SourceFault::Unsupported, zstd_safe::get_error_name(code));
         for parameter in [CParameter::CompressionLevel(level), CParameter::ChecksumFlag(true)] {
             context.set_parameter(parameter).map_err(refused)?;

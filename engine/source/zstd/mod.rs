@@ -182,9 +182,9 @@ impl ZstdImage {
             progress(frame.contents.end);
         }
         match self.contents_sha256() {
-            Some(wanted) if wanted != <[u8; 32]>::from(digest.finalize()) => {
-                Err(self.storage.error(SourceFault::Corrupt, "the SHA-256 of its contents is not the one that it names"))
-            }
+            Some(wanted) if wanted != <[u8; 32]>::from(digest.finalize()) => Err(self
+                .storage
+                .error(SourceFault::Corrupt, "the SHA-256 of its contents is not the one that it names")),
             _ => Ok(()),
         }
     }
