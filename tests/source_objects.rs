@@ -18,7 +18,7 @@ use kiomap::object_store::{ObjectStore, ObjectStoreExt};
 use kiomap::{Error, Kiobuf, ObjectOptions, ObjectSource, PageSource, SourceFault, page_size};
 use nix::errno::Errno;
 use support::contents::{assert_holds, contents, right_or_sigbus};
-use support::web::{Manners, Web};
+use support::web::{Manners, NOTHING, STRONG, TIMES, WEAK, Web};
 use support::{
     DEADLINE, alone, attached, engine_builder, eventually, fork_child, mark, reap_ok, settled_stats, threads,
 };
@@ -208,6 +208,33 @@ fn a_bad_server_gives_right_bytes_or_sigbus_in_time() {
                 });
             }
         });
+    });
+}
+
+/// However a server tells one object from another, one that takes the place of the first is SIGBUS; one that tells nothing is
+/// refused.
+#[test]
+fn an_object_is_told_from_another_by_whatever_there_is() {
+    needs_sources!();
+    alone("an_object_is_told_from_another_by_whatever_there_is", || {
+        let (bytes, options) = (contents(48 * page_size(), 41), ObjectOptions::new().deadline(Duration::from_secs(20)));
+        let mut identities = Vec::new();
+        for names in [STRONG, WEAK, TIMES] {
+            let web = Web::serve_told_by(names, bytes.clone());
+            let source = ObjectSource::open(&web.url(), &options.clone().granule_bytes(page_size())).unwrap();
+            identities.push(source.identity().unwrap());
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
+            let (_vmap, region) = attached(&engine, &list_of(source));
+            for page in 0..10 {
+                assert!(support::read_page(&region, page).is_ok(), "{names:?}");
+            }
+            web.behave(&[Manners::Other]);
+            assert_eq!(right_or_sigbus(&region, &bytes), (10, 38), "{names:?}");
+        }
+        identities.dedup();
+        assert_eq!(identities.len(), 3, "{identities:?}");
+        let web = Web::serve_told_by(NOTHING, bytes);
+        assert_eq!(fault(&refusal(&web.url(), &options)), SourceFault::Unsupported);
     });
 }
 

@@ -157,8 +157,10 @@ impl ObjectSource {
         }
         settings.extend(environment(&scheme));
         settings.extend(options.settings.iter().cloned());
-        // The process may have chosen one: then that is used.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        if !matches!(scheme, ObjectStoreScheme::Local | ObjectStoreScheme::Memory) {
+            // The process may have chosen one: then that is used.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
         let has_credentials =
             scheme != ObjectStoreScheme::AmazonS3 || settings.iter().any(|(key, _)| is_credential(key));
         let (store, path) = parse_url_opts(&parsed, settings).map_err(|error| opening(&shown(url), &error))?;
