@@ -277,6 +277,7 @@ fn what_cant_be_opened_is_refused() {
         (refusal(&format!("http://{closed}/object"), &options), vec![io, SourceFault::TimedOut]),
         (refusal(&format!("http://{}/object", silent.local_addr().unwrap()), &options), vec![SourceFault::TimedOut]),
         (refusal("s3://bucket/key", &s3.clone().set("no_such_setting", "1")), vec![SourceFault::NotThatFormat]),
+        (refusal("s3://bucket/key", &s3.clone().set("timeout", "soon")), vec![io]),
     ];
     for (refused, expected) in cases {
         assert!(expected.contains(&fault(&refused)), "{refused}");
@@ -293,6 +294,31 @@ fn what_cant_be_opened_is_refused() {
     let refused = refusal("s3://bucket/key", &s3);
     assert_eq!(fault(&refused), SourceFault::Denied, "{refused}");
     assert!(refused.to_string().contains("AWS_ACCESS_KEY_ID"), "{refused}");
+}
+
+/// On a machine that trusts no certificates, a store is refused with the cause, unless it is to do without.
+#[test]
+fn a_machine_without_certificates_is_told() {
+    const INNER: &str = "KIOMAP_TEST_NO_CERTIFICATES";
+    if std::env::var_os(INNER).is_none() {
+        // Where they are is read from the environment, which must not be changed under other threads.
+        let outcome = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["a_machine_without_certificates_is_told", "--exact"])
+            .envs([("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent"), (INNER, "1")])
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&outcome.stdout);
+        assert!(outcome.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
+    let web = Web::serve(vec![7; 10_000]);
+    let options = ObjectOptions::new().deadline(Duration::from_secs(20));
+    let refused = refusal(&web.url(), &options).to_string();
+    assert!(refused.contains("certificates"), "{refused}");
+    let source = ObjectSource::open(&web.url(), &options.set("disable_system_certificates", "true")).unwrap();
+    let mut bytes = [0; 100];
+    source.read_at(4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 100]);
 }
 
 /// A URL's password and signature are not told to whoever reads an error.

@@ -80,7 +80,8 @@ impl ObjectOptions {
     }
 }
 
-/// Reads pages of an object by ranged reads, as many at a time as there are callers.
+/// Reads pages of an object by ranged reads, as many at a time as there are callers: the engine's workers
+/// ([`EngineBuilder::workers`](crate::EngineBuilder::workers)).
 ///
 /// Credentials, signatures, retries and time-outs are the crate `object_store`'s. The object is the one that was opened: its
 /// size and etag are noted, every read asks for that etag, and an object that was replaced since is an error, never bytes of
@@ -282,15 +283,29 @@ fn replaced() -> io::Error {
     io::Error::new(ErrorKind::StaleNetworkFileHandle, "the object was replaced since it was opened")
 }
 
+/// Tells an error with its causes, which the library's own words leave out.
+fn told(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// Says what a read's error is.
 fn reading(error: &object_store::Error) -> io::Error {
     match error {
         object_store::Error::Precondition { .. } => replaced(),
-        object_store::Error::NotFound { .. } => io::Error::new(ErrorKind::NotFound, error.to_string()),
+        object_store::Error::NotFound { .. } => io::Error::new(ErrorKind::NotFound, told(error)),
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-            io::Error::new(ErrorKind::PermissionDenied, error.to_string())
+            io::Error::new(ErrorKind::PermissionDenied, told(error))
         }
-        _ => io::Error::other(error.to_string()),
+        _ => io::Error::other(told(error)),
     }
 }
 
@@ -304,7 +319,7 @@ fn opening(name: &str, error: &object_store::Error) -> Error {
         Store::NotSupported { .. } | Store::NotImplemented { .. } => SourceFault::Unsupported,
         _ => SourceFault::Io(nix::errno::Errno::EIO),
     };
-    Error::Source { name: name.into(), fault, why: error.to_string() }
+    Error::Source { name: name.into(), fault, why: told(error) }
 }
 
 /// Names a URL in errors, without a password or a signature that it may hold.
