@@ -321,13 +321,15 @@ fn a_machine_without_certificates_is_told() {
     assert_eq!(bytes, [7; 100]);
 }
 
-/// A URL's password and signature are not told to whoever reads an error.
+/// A URL's password and signature, and what settings hold, are not told to whoever reads an error or a log.
 #[test]
 fn errors_keep_secrets() {
     let options = ObjectOptions::new().deadline(Duration::from_millis(300));
     let refused = refusal("http://user:hunter2@127.0.0.1:1/object?signature=hunter3", &options).to_string();
     assert!(refused.starts_with("http://user@127.0.0.1:1/object: "), "{refused}");
     assert!(!refused.contains("hunter"), "{refused}");
+    let options = format!("{:?}", options.set("aws_secret_access_key", "hunter4"));
+    assert!(options.contains("aws_secret_access_key") && !options.contains("hunter"), "{options}");
 }
 
 /// Reads of one object go on side by side, as many as there are callers.

@@ -363,6 +363,44 @@ fn damage_anywhere_gives_right_bytes_or_an_error() {
     }
 }
 
+/// Damage in several places at once, most of it at the end, where one can hide another: a table that shifts the frames, and a map
+/// that would tell. Never the bytes of another place.
+#[test]
+fn damage_in_several_places_gives_right_bytes_or_an_error() {
+    let bytes: Vec<u8> = contents(15 * page_size() - 9, 24);
+    let image = image_of(&bytes, page_size());
+    let mut state = 25_u64;
+    let mut below = |limit: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % limit
+    };
+    let (mut opened, mut refused) = (0, 0);
+    for case in 0..6000 {
+        let mut bent = image.clone();
+        for _ in 0..1 + below(4) {
+            let at = if below(2) == 0 { bent.len() - 1 - below(bent.len().min(80)) } else { below(bent.len()) };
+            match below(8) {
+                0..4 => bent[at] ^= 1 << below(8),
+                4..6 => bent[at] = below(256) as u8,
+                6 => bent[at..].iter_mut().take(below(9)).for_each(|byte| *byte = 0xff),
+                _ => bent.truncate(at + 1),
+            }
+        }
+        match open(bent) {
+            Err(error) => {
+                assert!(matches!(error, Error::Source { .. }), "case {case}: {error}");
+                refused += 1;
+            }
+            Ok(damaged) => {
+                // What it holds may be said to be longer, or shorter.
+                right_or_error(&damaged, &bytes, &format!("case {case}"));
+                opened += 1;
+            }
+        }
+    }
+    assert!(opened > 500 && refused > 3000, "{opened} opened, {refused} refused");
+}
+
 /// Through an engine: what is damaged is SIGBUS, and all else is served; a frame takes its own pages with it and no others.
 #[test]
 fn a_damaged_frame_is_sigbus_for_its_pages_only() {

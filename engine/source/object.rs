@@ -29,7 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "10 seconds")];
 
 /// Says how an [`ObjectSource`] reads.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ObjectOptions {
     granule_bytes: usize,
     deadline: Duration,
@@ -77,6 +77,17 @@ impl ObjectOptions {
     pub fn runtime(mut self, handle: Handle) -> Self {
         self.runtime = Some(handle);
         self
+    }
+}
+
+impl std::fmt::Debug for ObjectOptions {
+    /// Names the settings, not their values: some are secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ObjectOptions")
+            .field("granule_bytes", &self.granule_bytes)
+            .field("deadline", &self.deadline)
+            .field("settings", &self.settings.iter().map(|(key, _)| key).collect::<Vec<_>>())
+            .finish_non_exhaustive()
     }
 }
 
@@ -244,7 +255,7 @@ impl PageSource for ObjectSource {
 impl std::fmt::Debug for ObjectSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ObjectSource")
-            .field("store", &self.store)
+            .field("store", &format_args!("{}", self.store))
             .field("object", &self.object)
             .field("granule_bytes", &self.granule_bytes)
             .field("deadline", &self.deadline)

@@ -41,7 +41,8 @@ const IDLE_CONTEXTS_MAX: usize = 8;
 /// different frames, or of the same, go on side by side.
 ///
 /// A frame is checked before any byte of it is used: its length, and the checksum in the frame or the table. What fails is
-/// an error, and so SIGBUS. Images of other tools may lack checksums: then damage may go unnoticed.
+/// an error, and so SIGBUS. In images of other tools the table has no checksum of its own, and frames may lack theirs: damage
+/// there may go unnoticed.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -228,24 +229,26 @@ impl ZstdImage {
 
 /// Reads the map, which is the last frame of an image that has one.
 fn read_map(storage: &Storage, frames: &Frames) -> Result<Option<ImageMap>> {
-    let Some(frame) = frames.iter().next_back().filter(|frame| frame.contents.is_empty()) else { return Ok(None) };
-    let len = frame.compressed.end - frame.compressed.start;
-    if len < map::HEAD_BYTES as u64 {
+    let Some(frame) = frames.iter().next_back() else { return Ok(None) };
+    let Range { start, end } = frame.compressed;
+    let (len, ends) = (end - start, map::END_BYTES as u64);
+    if len < ends {
         return Ok(None);
     }
-    let head = storage.fetch_at_open(frame.compressed.start..frame.compressed.start + map::HEAD_BYTES as u64)?;
-    if !map::is_map(&head) {
+    let [head, tail] = [storage.fetch_at_open(start..start + ends)?, storage.fetch_at_open(end - ends..end)?];
+    if !map::is_map(&head, &tail) {
         return Ok(None);
     }
     let corrupt = |why: &str| storage.error(SourceFault::Corrupt, why);
     if len > map::MAX_BYTES as u64 {
         return Err(corrupt("its map is longer than one can be"));
     }
-    let bytes = storage.fetch_at_open(frame.compressed)?;
+    let bytes = storage.fetch_at_open(start..end)?;
     let map = ImageMap::decode(&bytes, frames.table_digest).map_err(corrupt)?;
     let frame_bytes = u64::from(map.frame_bytes);
     let nr_frames = if frame_bytes == 0 { 0 } else { map.len_bytes.div_ceil(frame_bytes) };
-    let fits = map.len_bytes == frames.len_bytes
+    let fits = frame.contents.is_empty()
+        && map.len_bytes == frames.len_bytes
         && frames.frame_bytes().is_some_and(|len| len == frame_bytes || (nr_frames == 1 && len == map.len_bytes))
         && map.zero_frames.last().is_none_or(|run| u64::from(run.end) <= nr_frames);
     if !fits {
