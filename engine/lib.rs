@@ -72,13 +72,13 @@ pub use runtime::crew::HANDLERS_MAX;
 pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
 pub use runtime::placement::Placement;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
-pub use source::PageSource;
 pub use source::file::{FileOptions, FileSource};
 #[cfg(feature = "object-store")]
 pub use source::object::{ObjectOptions, ObjectSource};
 pub use source::reader::{FnSource, ReadSource};
 #[cfg(feature = "zstd")]
 pub use source::zstd::{MadeImage, ZstdImage, ZstdOptions};
+pub use source::{GRANULE_MAX_BYTES, PageSource};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{

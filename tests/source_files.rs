@@ -103,7 +103,7 @@ fn what_is_no_file_of_bytes_is_refused() {
         let refused = FileSource::new(file, &options).unwrap_err();
         assert!(matches!(refused, Error::Invalid { what: "the file's open mode", .. }), "{refused}");
     }
-    for granule in [0, 1, page_size() - 1, page_size() / 2, 3 * page_size()] {
+    for granule in [0, 1, page_size() - 1, page_size() / 2, 3 * page_size(), 8 << 20] {
         let refused = FileSource::open(&path, &options.clone().granule_bytes(granule)).unwrap_err();
         assert!(matches!(refused, Error::Invalid { value, .. } if value == granule as u64), "{refused}");
     }

@@ -80,7 +80,7 @@ fn an_image_of_a_real_file_pages_in_with_every_page_verified() {
 #[test]
 fn any_range_of_any_image_is_right() {
     for (len, frame_bytes) in
-        [(1, 4096), (4096, 4096), (4097, 8192), (500_000, 4096), (500_000, 1 << 16), (500_000, 1 << 24)]
+        [(1, 4096), (4096, 4096), (4097, 8192), (500_000, 4096), (500_000, 1 << 16), (500_000, 1 << 22)]
     {
         let bytes = contents(len, len as u64);
         let image = open(image_of(&bytes, frame_bytes)).unwrap();
@@ -185,6 +185,23 @@ fn images_of_another_library_page_in() {
             assert_holds(&region, &bytes);
         }
     });
+}
+
+/// Frames larger than a granule can be are read too: several granules have one frame.
+#[test]
+fn frames_larger_than_a_granule_are_read() {
+    let mut bytes = vec![0; 7 << 20];
+    bytes[6 << 20] = 7;
+    let mut other = Vec::new();
+    let policy = zeekstd::FrameSizePolicy::Uncompressed(6 << 20);
+    let mut encoder = zeekstd::EncodeOptions::new().frame_size_policy(policy).into_encoder(&mut other).unwrap();
+    encoder.write_all(&bytes).unwrap();
+    encoder.finish().unwrap();
+    let image = open(other).unwrap();
+    assert_eq!(image.granule_bytes(), kiomap::GRANULE_MAX_BYTES);
+    let mut read = vec![1; 3 << 20];
+    image.read_at(4 << 20, &mut read).unwrap();
+    assert!(read == bytes[4 << 20..]);
 }
 
 /// A table, as its bytes are defined: entries of a compressed and a decompressed length, and perhaps of a checksum.
@@ -526,7 +543,7 @@ fn what_keeps_an_image_from_being_made_is_told() {
     assert_eq!(refused.errno(), Errno::EIO, "{refused}");
     let refused = make(&mut &[][..], &mut Vec::new(), &options).unwrap_err();
     assert_eq!(refused.errno(), Errno::ENODATA, "{refused}");
-    for frame_bytes in [0, 1, 2048, 5000, 1 << 25, usize::MAX] {
+    for frame_bytes in [0, 1, 2048, 5000, 1 << 23, usize::MAX] {
         let refused = make(&mut &[1][..], &mut Vec::new(), &options.clone().frame_bytes(frame_bytes)).unwrap_err();
         assert!(matches!(refused, Error::Invalid { value, .. } if value == frame_bytes as u64), "{refused}");
     }

@@ -15,6 +15,9 @@ pub(crate) mod reader;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
 
+/// The largest [granule](PageSource::granule_bytes) that a page source may have.
+pub const GRANULE_MAX_BYTES: usize = 4 << 20;
+
 /// Makes the bytes of a page list on demand, when they are first touched.
 ///
 /// Only [`read_at`](PageSource::read_at) must be written. The other methods say what the engine may make use of; they are
@@ -38,7 +41,8 @@ pub trait PageSource: Send + Sync + 'static {
 
     /// Returns how many bytes are best read at once, from a multiple of them on: a compressed frame, a part of an object.
     ///
-    /// A power of two that is at least the page size; a page unless overridden. Reads for a touch are widened to it.
+    /// A power of two from the page size to [`GRANULE_MAX_BYTES`]; a page unless overridden. Reads for a touch are widened
+    /// to it.
     fn granule_bytes(&self) -> usize {
         page_size()
     }
@@ -62,13 +66,13 @@ pub trait PageSource: Send + Sync + 'static {
     }
 }
 
-/// Checks what is to be a granule: a power of two of at least a page.
+/// Checks what is to be a granule.
 fn check_granule(bytes: usize) -> Result<usize> {
-    if !bytes.is_power_of_two() || bytes < page_size() {
+    if !bytes.is_power_of_two() || !(page_size()..=GRANULE_MAX_BYTES).contains(&bytes) {
         return Err(Error::Invalid {
             what: "the granule in bytes",
             value: bytes as u64,
-            rule: "it must be a power of two and at least the page size",
+            rule: "it must be a power of two from the page size to 4 MiB",
         });
     }
     Ok(bytes)

@@ -49,7 +49,7 @@ impl ObjectOptions {
         Self::default()
     }
 
-    /// Sets how many bytes are read at once for a touch, a power of two of at least a page.
+    /// Sets how many bytes are read at once for a touch, a power of two from the page size to 4 MiB.
     #[must_use]
     pub fn granule_bytes(mut self, bytes: usize) -> Self {
         self.granule_bytes = bytes;
@@ -150,7 +150,7 @@ impl ObjectSource {
     ///
     /// # Errors
     ///
-    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two of at least a page; the runtime has one thread only.
+    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only.
     /// * [`Error::Source`]: there is no such object (`ENOENT`) or it is empty (`ENODATA`); it may not be read, or no credentials were
     ///   found (`EACCES`); the URL or a setting is not understood (`EINVAL`); the store tells neither an etag nor a time, so that
     ///   a replaced object could not be told (`EOPNOTSUPP`); it did not answer in time (`ETIMEDOUT`); anything else (`EIO`).

@@ -11,7 +11,7 @@ use zstd_safe::DCtx;
 
 use super::file::{FileOptions, FileSource};
 use super::part::Part;
-use super::{PageSource, check_range};
+use super::{GRANULE_MAX_BYTES, PageSource, check_range};
 use crate::error::{Error, Result, SourceFault};
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
@@ -105,9 +105,9 @@ impl ZstdImage {
         let largest = frames.largest_bytes() as usize;
         let even = frames.frame_bytes().map(|len| len as usize);
         let granule_bytes = match even {
-            Some(len) if len.is_power_of_two() && len >= page_size() => len,
-            // Then a granule meets several frames, and some are decompressed for two granules.
-            _ => largest.next_power_of_two().max(page_size()),
+            Some(len) if len.is_power_of_two() && (page_size()..=GRANULE_MAX_BYTES).contains(&len) => len,
+            // Then frames and granules don't match, and some frames are decompressed for several granules.
+            _ => largest.next_power_of_two().clamp(page_size(), GRANULE_MAX_BYTES),
         };
         Ok(Self { storage, frames, map, granule_bytes, contexts: Mutex::default() })
     }
@@ -285,7 +285,7 @@ impl PageSource for ZstdImage {
         Some(self.frames.len_bytes)
     }
 
-    /// The size of the frames.
+    /// The size of the frames, if it is one that a granule can have.
     fn granule_bytes(&self) -> usize {
         self.granule_bytes
     }
