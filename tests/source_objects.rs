@@ -187,7 +187,9 @@ fn a_bad_server_gives_right_bytes_or_sigbus_in_time() {
                     let web = Web::serve(bytes.clone());
                     // Time for what is tried again, or no more than it takes.
                     let deadline = Duration::from_millis(if *right { 20_000 } else { 700 });
-                    let source = ObjectSource::open(&web.url(), &ObjectOptions::new().deadline(deadline)).unwrap();
+                    // Each page by a request of its own, whatever an engine reads at once.
+                    let options = ObjectOptions::new().granule_bytes(page_size());
+                    let source = ObjectSource::open(&web.url(), &options.deadline(deadline)).unwrap();
                     let engine = engine_builder().fault_around_pages(1).build().unwrap();
                     let (_vmap, region) = attached(&engine, &list_of(source));
                     for page in [3, 40, 63] {
