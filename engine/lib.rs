@@ -25,6 +25,10 @@
 //! # }
 //! ```
 //!
+//! Pages may come from slow places, which workers read: [`FileSource`], [`ReadSource`], [`FnSource`], with the cargo feature
+//! `zstd` compressed images (`ZstdImage`), with `object-store` objects in S3 and other stores (`ObjectSource`), and whatever
+//! else is a [`PageSource`].
+//!
 //! With the cargo feature `tracing` it tells a subscriber of that crate what happens outside the way of a fault (targets
 //! `kiomap::…`), on a thread of its own; `docs/operations.md` lists the events.
 //!
@@ -55,9 +59,12 @@ mod sys;
 mod trace;
 mod vmap;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
+/// The crate whose stores an [`ObjectSource`] reads.
+#[cfg(feature = "object-store")]
+pub use object_store;
 pub use page::page_size;
 pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
@@ -66,6 +73,12 @@ pub use runtime::engine::{Engine, EngineBuilder, Shutdown};
 pub use runtime::placement::Placement;
 pub use runtime::workers::WORKERS_MAX;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
+pub use source::file::{FileOptions, FileSource};
+#[cfg(feature = "object-store")]
+pub use source::object::{ObjectOptions, ObjectSource};
+pub use source::reader::{FnSource, ReadSource};
+#[cfg(feature = "zstd")]
+pub use source::zstd::{MadeImage, ZstdImage, ZstdOptions};
 pub use source::{GRANULE_MAX_BYTES, PageSource};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};

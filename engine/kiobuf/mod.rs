@@ -12,7 +12,7 @@ use crate::error::Result;
 
 mod arena;
 mod extent;
-mod file;
+pub(crate) mod file;
 mod lock;
 mod map;
 mod maps;
@@ -21,6 +21,7 @@ mod memory;
 mod nopage;
 mod outcome;
 mod read;
+mod sparse;
 
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod calls;
+pub(crate) mod contents;
 pub(crate) mod faulty;
 pub(crate) mod pool;
 pub(crate) mod populating;
@@ -10,6 +11,8 @@ pub(crate) mod scene;
 pub(crate) mod slow;
 pub(crate) mod touch;
 pub(crate) mod truth;
+#[cfg(feature = "object-store")]
+pub(crate) mod web;
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
@@ -65,7 +68,10 @@ pub(crate) fn alone_for(deadline: Duration, name: &str, body: impl FnOnce()) {
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
     // What was skipped is told by the process that skipped it.
     for line in err.lines().filter(|line| {
-        line.contains("skipped, because") || line.contains("came and went") || line.contains(" us a page")
+        line.contains("skipped, because")
+            || line.contains("came and went")
+            || line.contains(" us a page")
+            || line.contains("pages right")
     }) {
         tell(line);
     }
