@@ -160,7 +160,7 @@ impl Kiobuf {
     pub fn map_mmap(&mut self, map: Mmap) -> Result<()> {
         self.fill(|| {
             let (head, len) = (page_offset(map.as_ptr()), map.len() as u64);
-            Extent::of_bytes(Base::Mmap(Arc::new(map)), head, len)
+            Extent::of_bytes(Base::Mmap { map: Arc::new(map), at: 0 }, head, len)
         })
     }
 
@@ -172,7 +172,7 @@ impl Kiobuf {
     /// * [`Error::Invalid`] (`EINVAL`): `length_bytes` is zero.
     /// * [`Error::Overflow`] (`EOVERFLOW`): `length_bytes` does not fit in 63 bits.
     pub fn map_source(&mut self, source: Arc<dyn PageSource>, length_bytes: u64) -> Result<()> {
-        self.fill(|| Extent::of_bytes(Base::Source(source), 0, length_bytes))
+        self.fill(|| Extent::of_bytes(Base::Source { source, at: 0 }, 0, length_bytes))
     }
 
     /// Maps pages of zeros, which need no memory until they are touched.

@@ -13,6 +13,7 @@ use crate::error::Result;
 mod arena;
 mod extent;
 mod file;
+mod layer;
 mod lock;
 mod map;
 mod maps;
@@ -21,6 +22,7 @@ mod memory;
 mod nopage;
 mod outcome;
 mod read;
+mod sparse;
 
 #[cfg(test)]
 mod tests;
@@ -148,8 +150,8 @@ impl Kiobuf {
         self.inner.extents.iter().filter_map(|extent| {
             let start = match &extent.base {
                 Base::Memory(memory) => memory.as_ptr().addr(),
-                Base::Mmap(map) => map.as_ptr().addr(),
-                Base::File { .. } | Base::Memfd(_) | Base::Source(_) | Base::Zero | Base::Hole => return None,
+                Base::Mmap { map, at } => map.as_ptr().addr() + at,
+                Base::File { .. } | Base::Memfd(_) | Base::Source { .. } | Base::Zero | Base::Hole => return None,
             };
             // The data is in memory, so that its length is an address difference.
             Some(start..start + extent.data_len() as usize)

@@ -71,7 +71,7 @@ pub(super) fn nopage(extents: &[Extent], pgoff: u64) -> Nopage {
             let src = memory.as_ptr().wrapping_add(extent.data_position(run.start) as usize);
             Nopage::Direct { src, run }
         }
-        Base::Mmap(_) | Base::File { .. } | Base::Memfd(_) | Base::Source(_) => {
+        Base::Mmap { .. } | Base::File { .. } | Base::Memfd(_) | Base::Source { .. } => {
             Nopage::Read { run: extent.pages(), may_block: true }
         }
         Base::Zero => Nopage::Zero { run: extent.pages() },
