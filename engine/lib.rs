@@ -54,12 +54,13 @@ mod stats;
 mod sys;
 mod trace;
 mod vmap;
+mod working_set;
 
 pub use error::{Error, Result};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
 pub use page::page_size;
-pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
+pub use region::{AttachOptions, PopulateEnd, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;
 pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
@@ -77,6 +78,7 @@ pub use vmap::object::Backing;
 pub use vmap::page_size::PageSize;
 pub use vmap::residency::Residency;
 pub use vmap::{Revoke, Vmap, VmapBuilder};
+pub use working_set::{WorkingSet, WorkingSetFault};
 
 /// The example of the README, compiled and run as a test.
 #[cfg(doctest)]

@@ -254,7 +254,7 @@ fn the_background_brings_all_and_ends() {
         let (_vmap, region) = attached(&engine, &list);
         assert!(!is_there());
         let options = PopulateOptions::new().step_bytes(16 * page_size());
-        let populating = region.populate_in_background(0..region.len_bytes(), options).unwrap();
+        let populating = region.populate_in_background(0..region.len_bytes(), options.clone()).unwrap();
         assert_eq!(populating.progress().pages_total, 1034);
         let done = populating.wait().unwrap();
         assert_eq!((done.pages_done, done.pages_failed, done.pages_total), (1034, 24, 1034));
@@ -268,10 +268,10 @@ fn the_background_brings_all_and_ends() {
         more.populate_in_background(0..more.len_bytes(), PopulateOptions::new()).unwrap().detach();
         eventually("all came", || mapped(&more) == 300);
         for refused in [
-            options.step_bytes(0),
-            options.step_bytes(100),
-            options.step_bytes(513 * page_size()),
-            options.bytes_per_second(0),
+            options.clone().step_bytes(0),
+            options.clone().step_bytes(100),
+            options.clone().step_bytes(513 * page_size()),
+            options.clone().bytes_per_second(0),
         ] {
             assert_eq!(region.populate_in_background(0..1, refused).unwrap_err().errno(), Errno::EINVAL);
         }
@@ -315,7 +315,7 @@ fn a_limited_background_waits_and_ends_at_once() {
         let options = PopulateOptions::new().bytes_per_second(1).step_bytes(64 * page_size());
         let (_vmap, region) = attached(&engine, &pages(1000));
         let begin = |region: &Region| {
-            let populating = region.populate_in_background(0..region.len_bytes(), options).unwrap();
+            let populating = region.populate_in_background(0..region.len_bytes(), options.clone()).unwrap();
             eventually("the first step", || populating.progress().pages_done == 64);
             populating
         };
@@ -333,7 +333,10 @@ fn a_limited_background_waits_and_ends_at_once() {
         let populating = begin(&region);
         engine.shutdown(Shutdown::Poison).unwrap();
         assert_eq!(populating.wait().unwrap_err().errno(), Errno::ESHUTDOWN);
-        assert_eq!(region.populate_in_background(0..1, options).map(drop).unwrap_err().errno(), Errno::ESHUTDOWN);
+        assert_eq!(
+            region.populate_in_background(0..1, options.clone()).map(drop).unwrap_err().errno(),
+            Errno::ESHUTDOWN
+        );
         assert_marks(&region, 0..64);
         assert_sigbus(&region, 900);
     });

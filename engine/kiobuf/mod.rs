@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use crate::error::Result;
 
+mod ahead;
 mod arena;
 mod extent;
 mod file;
+mod identity;
 mod layer;
 mod lock;
 mod map;
