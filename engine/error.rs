@@ -1,5 +1,7 @@
 //! The library's one error type: what was asked, why it can't be, and which knob turns it.
 
+use std::io::ErrorKind;
+
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
@@ -204,6 +206,84 @@ pub enum Error {
         /// The huge pages that were made.
         made: usize,
     },
+    /// What pages were to come from, or to be written to, is of no use.
+    #[error("{name}: {fault}: {why}")]
+    Source {
+        /// The file, the object or the image, as the caller named it.
+        name: String,
+        /// What is the matter with it.
+        fault: SourceFault,
+        /// The details, and the knob if there is one.
+        why: String,
+    },
+}
+
+/// Says what is the matter with something that pages were to come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceFault {
+    /// There is no such file or object (`ENOENT`).
+    NotFound,
+    /// It may not be read, or no credentials were found (`EACCES`).
+    Denied,
+    /// It holds no byte (`ENODATA`).
+    Empty,
+    /// It is not of the format that it was opened as (`EINVAL`).
+    NotThatFormat,
+    /// It is damaged: truncated, or a checksum or a length in it is wrong (`EBADMSG`).
+    Corrupt,
+    /// It asks for more memory than the library lends to one source (`EFBIG`).
+    TooLarge,
+    /// It can't do what was asked for (`EOPNOTSUPP`).
+    Unsupported,
+    /// It did not answer in time (`ETIMEDOUT`).
+    TimedOut,
+    /// Reading or writing failed with this errno.
+    Io(Errno),
+}
+
+impl SourceFault {
+    /// Returns the errno that stands for this fault.
+    fn errno(self) -> Errno {
+        match self {
+            SourceFault::NotFound => Errno::ENOENT,
+            SourceFault::Denied => Errno::EACCES,
+            SourceFault::Empty => Errno::ENODATA,
+            SourceFault::NotThatFormat => Errno::EINVAL,
+            SourceFault::Corrupt => Errno::EBADMSG,
+            SourceFault::TooLarge => Errno::EFBIG,
+            SourceFault::Unsupported => Errno::EOPNOTSUPP,
+            SourceFault::TimedOut => Errno::ETIMEDOUT,
+            SourceFault::Io(errno) => errno,
+        }
+    }
+
+    /// Classifies an error of reading or writing.
+    pub(crate) fn of_io(error: &std::io::Error) -> SourceFault {
+        match error.kind() {
+            ErrorKind::NotFound => SourceFault::NotFound,
+            ErrorKind::PermissionDenied => SourceFault::Denied,
+            ErrorKind::TimedOut => SourceFault::TimedOut,
+            ErrorKind::InvalidData | ErrorKind::UnexpectedEof => SourceFault::Corrupt,
+            _ => SourceFault::Io(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+        }
+    }
+}
+
+impl std::fmt::Display for SourceFault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            SourceFault::NotFound => "not found",
+            SourceFault::Denied => "access denied",
+            SourceFault::Empty => "empty",
+            SourceFault::NotThatFormat => "not of that format",
+            SourceFault::Corrupt => "damaged",
+            SourceFault::TooLarge => "too large",
+            SourceFault::Unsupported => "not supported",
+            SourceFault::TimedOut => "no answer in time",
+            SourceFault::Io(errno) => errno.desc(),
+        })
+    }
 }
 
 /// What stands in the way of a transparent huge page.
@@ -292,6 +372,7 @@ impl Error {
                 | WorkingSetFault::OtherImage => Errno::ESTALE,
                 _ => Errno::EBADMSG,
             },
+            Error::Source { fault, .. } => fault.errno(),
         }
     }
 
@@ -304,6 +385,11 @@ impl Error {
     /// Builds the error of a failed system call.
     pub(crate) fn sys(call: &'static str) -> impl Fn(Errno) -> Error {
         move |errno| Error::Sys { call, errno }
+    }
+
+    /// Builds the error of something that pages were to come from, when reading or writing it failed.
+    pub(crate) fn source_io(name: &str, error: &std::io::Error) -> Error {
+        Error::Source { name: name.into(), fault: SourceFault::of_io(error), why: error.to_string() }
     }
 
     /// Builds the error of a failed system call that the standard library made.

@@ -56,9 +56,12 @@ mod trace;
 mod vmap;
 mod working_set;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
+/// The crate whose stores an [`ObjectSource`] reads.
+#[cfg(feature = "object-store")]
+pub use object_store;
 pub use page::page_size;
 pub use region::{AttachOptions, PopulateEnd, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
@@ -67,6 +70,12 @@ pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
 pub use runtime::placement::Placement;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
 pub use source::PageSource;
+pub use source::file::{FileOptions, FileSource};
+#[cfg(feature = "object-store")]
+pub use source::object::{ObjectOptions, ObjectSource};
+pub use source::reader::{FnSource, ReadSource};
+#[cfg(feature = "zstd")]
+pub use source::zstd::{MadeImage, ZstdImage, ZstdOptions};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{

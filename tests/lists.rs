@@ -268,7 +268,7 @@ fn layers_show_the_topmost_page() {
                 file.write_all_at(&vec![byte; len], at as u64).unwrap();
             }
             let mut list = Kiobuf::new();
-            list.map_sparse(&file, 0..(nr_pages * page) as u64).unwrap();
+            list.map_diff_file(&file).unwrap();
             list
         };
         let first = sparse(&[(3 * page, 2 * page, 0xa1)], 40);

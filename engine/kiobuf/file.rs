@@ -27,11 +27,7 @@ pub(super) struct PagedFile {
 impl PagedFile {
     /// Duplicates `file` after checking that the bytes of `range` can be read from it now.
     pub(super) fn open(file: &File, range: &Range<u64>) -> Result<Self> {
-        let flags = fcntl(file, FcntlArg::F_GETFL).map_err(Error::sys("fcntl(F_GETFL) of a file to map"))?;
-        let flags = OFlag::from_bits_retain(flags);
-        if flags.contains(OFlag::O_PATH) || flags & OFlag::O_ACCMODE == OFlag::O_WRONLY {
-            return Err(invalid_file("the file's open mode", flags.bits() as u64, "it must be open for reading"));
-        }
+        let flags = check_open_for_reading(file)?;
         // Its reads need buffers and lengths aligned to the device's blocks, which a part of a page is not.
         if flags.contains(OFlag::O_DIRECT) {
             return Err(invalid_file("the file's open mode", flags.bits() as u64, "it must not be open with O_DIRECT"));
@@ -100,8 +96,18 @@ impl PagedFile {
     }
 }
 
+/// Refuses a descriptor that can't be read from; returns its flags.
+pub(crate) fn check_open_for_reading(file: &File) -> Result<OFlag> {
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(Error::sys("fcntl(F_GETFL) of a file to map"))?;
+    let flags = OFlag::from_bits_retain(flags);
+    if flags.contains(OFlag::O_PATH) || flags & OFlag::O_ACCMODE == OFlag::O_WRONLY {
+        return Err(invalid_file("the file's open mode", flags.bits() as u64, "it must be open for reading"));
+    }
+    Ok(flags)
+}
+
 /// Returns the bytes that a regular file or a block device holds.
-fn readable_bytes(file: &File) -> Result<u64> {
+pub(crate) fn readable_bytes(file: &File) -> Result<u64> {
     let meta = file.metadata().map_err(Error::io("fstat of a file to map"))?;
     if meta.is_file() {
         return Ok(meta.len());

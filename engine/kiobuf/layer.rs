@@ -93,7 +93,7 @@ impl Inner {
     }
 
     /// Appends a range of pages: of an extent, or of nothing.
-    pub(super) fn show(&mut self, what: Option<&Extent>, pages: Range<u64>) {
+    fn show(&mut self, what: Option<&Extent>, pages: Range<u64>) {
         if pages.is_empty() {
             return;
         }

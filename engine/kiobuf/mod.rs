@@ -13,7 +13,7 @@ use crate::error::Result;
 mod ahead;
 mod arena;
 mod extent;
-mod file;
+pub(crate) mod file;
 mod identity;
 mod layer;
 mod lock;

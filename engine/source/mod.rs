@@ -3,7 +3,17 @@
 use std::io;
 use std::ops::Range;
 
+use crate::error::{Error, Result};
 use crate::page::page_size;
+
+pub(crate) mod file;
+#[cfg(feature = "object-store")]
+pub(crate) mod object;
+#[cfg(feature = "zstd")]
+mod part;
+pub(crate) mod reader;
+#[cfg(feature = "zstd")]
+pub(crate) mod zstd;
 
 /// Makes the bytes of a page list on demand, when they are first touched.
 ///
@@ -50,4 +60,25 @@ pub trait PageSource: Send + Sync + 'static {
     fn identity(&self) -> Option<Vec<u8>> {
         None
     }
+}
+
+/// Checks what is to be a granule: a power of two of at least a page.
+fn check_granule(bytes: usize) -> Result<usize> {
+    if !bytes.is_power_of_two() || bytes < page_size() {
+        return Err(Error::Invalid {
+            what: "the granule in bytes",
+            value: bytes as u64,
+            rule: "it must be a power of two and at least the page size",
+        });
+    }
+    Ok(bytes)
+}
+
+/// Checks that bytes which are asked for lie within a source of `len_bytes`.
+fn check_range(offset_bytes: u64, len: usize, len_bytes: u64) -> io::Result<()> {
+    if offset_bytes.checked_add(len as u64).is_none_or(|end| end > len_bytes) {
+        let why = format!("bytes {offset_bytes}+{len} were asked for of a source of {len_bytes}");
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+    }
+    Ok(())
 }

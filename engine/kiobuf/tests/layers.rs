@@ -164,40 +164,34 @@ fn a_part_keeps_what_it_borrows() {
     arena.read_from(&file, 0).unwrap();
 }
 
-/// A file's holes show what is below; a page that has any data does not. The file's position stays.
+/// A difference's holes show what is below; a page that has any data does not. The file's position stays.
 #[test]
-fn holes_of_a_sparse_file_are_holes_of_the_list() {
+fn holes_of_a_difference_are_holes_of_the_list() {
     let page = page_size() as u64;
     // tmpfs keeps holes page by page.
     let memfd = nix::sys::memfd::memfd_create("sparse", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
     let mut file = File::from(memfd);
-    file.set_len(20 * page + 100).unwrap();
+    file.set_len(25 * page).unwrap();
     let bytes = pattern(4 * page_size(), 58);
     file.write_all_at(&bytes[..2 * page_size()], 3 * page).unwrap();
     file.write_all_at(&bytes[..10], 9 * page + 5).unwrap();
     file.write_all_at(&bytes[..100], 20 * page).unwrap();
     file.seek(std::io::SeekFrom::Start(77)).unwrap();
-    let list = mapped(|list| list.map_sparse(&file, 0..20 * page + 100));
+    let list = mapped(|list| list.map_diff_file(&file));
     assert_eq!(file.stream_position().unwrap(), 77);
     let base = pattern(30 * page_size(), 59);
     let mut expected = base.clone();
     expected[3 * page_size()..5 * page_size()].copy_from_slice(&bytes[..2 * page_size()]);
     expected[9 * page_size()..10 * page_size()].copy_from_slice(&padded(&bytes[..10], 5));
     expected[20 * page_size()..21 * page_size()].copy_from_slice(&padded(&bytes[..100], 0));
-    assert_eq!(list.extents().count(), 6);
+    assert_eq!(list.extents().count(), 7);
     assert!(contents(&Kiobuf::layered(&[list, window(&base, 0)])) == expected);
 
-    // From within a page on, the pages are others: those with bytes of 3, 4, 9 and 20.
-    let shifted = mapped(|list| list.map_sparse(&file, page / 2..20 * page));
-    let data: Vec<u64> = (0..shifted.nr_pages()).filter(|&pgoff| self::page(&shifted, pgoff).is_some()).collect();
-    assert_eq!(data, [2, 3, 4, 8, 9]);
-
-    let empty = mapped(|list| list.map_sparse(&file, 10 * page..20 * page));
-    assert_eq!((empty.nr_pages(), empty.length()), (10, 0));
+    file.set_len(0).unwrap();
     let mut refused = Kiobuf::new();
-    assert!(matches!(refused.map_sparse(&file, 5..5), Err(Error::Invalid { value: 0, .. })));
-    assert!(matches!(refused.map_sparse(&file, 0..21 * page), Err(Error::Fault { .. })));
-    assert!(!refused.is_mapped());
-    let mut taken = mapped(|list| list.map_zero(1));
-    assert!(matches!(taken.map_sparse(&file, 0..page), Err(Error::AlreadyMapped { nr_pages: 1 })));
+    assert!(matches!(refused.map_diff_file(&file), Err(Error::Invalid { value: 0, .. })));
+    file.set_len(7 * page + 1).unwrap();
+    refused.map_diff_file(&file).unwrap();
+    assert_eq!((refused.nr_pages(), refused.length()), (8, 0));
+    assert!(matches!(refused.map_diff_file(&file), Err(Error::AlreadyMapped { nr_pages: 8 })));
 }
