@@ -2,15 +2,13 @@
 
 mod support;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, PageSize, PopulateOptions, Region, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
 use support::pool::{HUGE, per_huge, with_pool};
-use support::populating::{assert_marks, bytes, populate_amid_trouble, slow};
+use support::populating::{assert_marks, bytes, mapped, mapped_of, populate_amid_trouble, slow};
 use support::raw::FAR;
 use support::scene::{GatedSource, at, child, settled};
 use support::{
@@ -20,21 +18,6 @@ use support::{
 
 fn engine() -> Engine {
     engine_builder().fault_around_pages(1).build().unwrap()
-}
-
-/// The pages of a region that are mapped in this process, as the kernel's page table has them.
-fn mapped(region: &Region) -> u64 {
-    mapped_of(region, 0..(region.len_bytes() / page_size()) as u64)
-}
-
-/// As [`mapped`], of these pages of the region.
-fn mapped_of(region: &Region, pages: std::ops::Range<u64>) -> u64 {
-    const PRESENT: u64 = 1 << 63;
-    let first = (region.as_ptr() as usize / page_size()) as u64 + pages.start;
-    let mut entries = vec![0; (pages.end - pages.start) as usize * size_of::<u64>()];
-    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first * size_of::<u64>() as u64).unwrap();
-    let entries = entries.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
-    entries.filter(|entry| entry & PRESENT != 0).count() as u64
 }
 
 #[track_caller]

@@ -3,7 +3,8 @@
 //! In the engine's process they are filled through the vmap's window, whose addresses nobody else can take, and then
 //! mapped by MADV_POPULATE_READ, which shows what lies there and nothing else: whatever other threads unmap, move or map
 //! meanwhile, no page of a list gets into memory that is not its own. A forked child has no window and may have an old list:
-//! there the engine brings the pages, in answer to the faults of the same call. Large ranges are shared by several threads.
+//! there the engine brings the pages, in answer to the faults of the same call. Large ranges are shared by several threads; in the
+//! background one or several go step by step.
 
 mod background;
 mod replay;
@@ -26,33 +27,24 @@ use crate::vmap::core::VmapCore;
 use crate::vmap::fill::{Refusal, fill_some};
 use crate::vmap::refuse_nested;
 use crate::{Error, Result};
-use background::Listener;
+use background::{Listener, Pace};
 pub use background::{PopulateEnd, Populating};
 
 /// Pages brought in one step: 2 MiB where pages are of 4 KiB.
 const STEP_PAGES: u64 = 512;
 /// The most threads of one populating in the background.
 const THREADS_MAX: usize = 16;
+/// How a range is populated, unless said otherwise.
+const POPULATE: Pace = Pace { threads: 1, step_pages: 64, most_waits: 8 };
 
 /// Says how [`Region::populate_in_background`] and [`Region::replay`] go about it, and who hears of it.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 #[must_use]
 pub struct PopulateOptions {
     bytes_per_second: Option<u64>,
-    step_bytes: usize,
+    step_bytes: Option<usize>,
     threads: Option<usize>,
     listener: Listener,
-}
-
-impl Default for PopulateOptions {
-    fn default() -> Self {
-        PopulateOptions {
-            bytes_per_second: None,
-            step_bytes: 64 * page_size(),
-            threads: None,
-            listener: Listener::default(),
-        }
-    }
 }
 
 impl std::fmt::Debug for PopulateOptions {
@@ -66,7 +58,7 @@ impl std::fmt::Debug for PopulateOptions {
 }
 
 impl PopulateOptions {
-    /// Begins with the default: as fast as faults allow, in steps of 64 pages.
+    /// Begins with the default: as fast as faults allow, telling nobody.
     pub fn new() -> Self {
         Self::default()
     }
@@ -82,10 +74,10 @@ impl PopulateOptions {
         self.bytes_per_second(pages.saturating_mul(page_size() as u64))
     }
 
-    /// Sets how many bytes come in one step, a multiple of the page size, at most 512 pages; 64 pages unless set. A limit is
-    /// kept, faults are looked for and an end is noticed between steps.
+    /// Sets how many bytes come in one step, a multiple of the page size, at most 512 pages; 64 pages unless set, or 16 where
+    /// several threads replay. A limit is kept, faults are looked for and an end is noticed between steps.
     pub fn step_bytes(mut self, bytes: usize) -> Self {
-        self.step_bytes = bytes;
+        self.step_bytes = Some(bytes);
         self
     }
 
@@ -121,8 +113,8 @@ impl PopulateOptions {
             return Err(Error::Invalid { what: "bytes_per_second", value: 0, rule: "it must not be zero" });
         }
         let most = STEP_PAGES as usize * page_size();
-        if !is_aligned(self.step_bytes) || !(1..=most).contains(&self.step_bytes) {
-            let (value, rule) = (self.step_bytes as u64, "it must be whole pages, from 1 to 512");
+        if let Some(bytes) = self.step_bytes.filter(|&bytes| !is_aligned(bytes) || !(1..=most).contains(&bytes)) {
+            let (value, rule) = (bytes as u64, "it must be whole pages, from 1 to 512");
             return Err(Error::Invalid { what: "step_bytes", value, rule });
         }
         Ok(())
@@ -175,8 +167,13 @@ impl Region {
     /// Brings the pages of a byte range as [`Region::populate`] does, on a thread of the engine, step by step.
     ///
     /// Faults come first: while threads fault, steps are put off, for some milliseconds each. One thread does this for all
-    /// regions of an engine, in turns; it is started when there is something to do, and ends afterwards.
-    /// It stops where the region is dropped, and at a shutdown.
+    /// regions of an engine, in turns, unless [more are asked for](PopulateOptions::threads); it is started when there is
+    /// something to do, and ends afterwards. It stops where the region is dropped, and at a shutdown.
+    ///
+    /// When all pages of a vmap have come (all of [`PopulateProgress::pages_total`] are done and none has failed), nothing of it
+    /// is missing any more: no touch asks the engine, in any process and through any region, until somebody takes pages away
+    /// ([`Vmap::revoke`](crate::Vmap::revoke), a hole that is punched). So it stays after a
+    /// [`Shutdown::Poison`](crate::Shutdown::Poison) too, and in forked children after the death of this process.
     ///
     /// # Errors
     ///
@@ -187,7 +184,7 @@ impl Region {
         let task = self.background_task(range)?;
         let whole = task.at..task.end;
         let ranges = if whole.is_empty() { Vec::new() } else { vec![whole] };
-        background::begin(task, ranges, options)
+        background::begin(task, ranges, options, POPULATE)
     }
 
     /// As [`Region::task`], for a thread of the engine.

@@ -22,8 +22,6 @@ use crate::{Error, Result};
 
 /// How long the background waits when threads have faulted since it looked last.
 const FAULTS_FIRST: Duration = Duration::from_millis(1);
-/// Such waits before a step is made all the same.
-const MOST_WAITS: u32 = 8;
 /// How many steps ahead files and sources are told what will be read.
 const STEPS_AHEAD: u64 = 4;
 /// What no clock can tell is far enough away.
@@ -41,8 +39,21 @@ pub enum PopulateEnd {
     Stopped,
 }
 
+/// How the background goes about it, unless said otherwise.
+pub(super) struct Pace {
+    pub(super) threads: usize,
+    pub(super) step_pages: u64,
+    /// Waits for threads that fault before a step is made all the same.
+    pub(super) most_waits: u32,
+}
+
 /// Begins to bring the pages of some ranges of addresses, in this order, each of whole pages.
-pub(super) fn begin(mut task: Task, ranges: Vec<Range<usize>>, options: PopulateOptions) -> Result<Populating> {
+pub(super) fn begin(
+    mut task: Task,
+    ranges: Vec<Range<usize>>,
+    options: PopulateOptions,
+    pace: Pace,
+) -> Result<Populating> {
     task.end = task.at;
     let shared = Arc::clone(&task.shared);
     let total = ranges.iter().map(|range| (range.len() / page_size()) as u64).sum();
@@ -70,14 +81,15 @@ pub(super) fn begin(mut task: Task, ranges: Vec<Range<usize>>, options: Populate
     };
     let course = Arc::new(Mutex::new(course));
     let faults_seen = shared.counters.snapshot().faults;
-    let step_pages = (options.step_bytes / page_size()) as u64;
+    let step_pages = options.step_bytes.map_or(pace.step_pages, |bytes| (bytes / page_size()) as u64);
+    let most_waits = pace.most_waits;
     let bytes_per_second = options.bytes_per_second;
     let job = |_| -> Step {
         let (ended, course) = (Arc::clone(&ended), Arc::clone(&course));
-        let mut job = Job { ended, course, step_pages, bytes_per_second, faults_seen, waits: 0 };
+        let mut job = Job { ended, course, step_pages, bytes_per_second, faults_seen, waits: 0, most_waits };
         Box::new(move || job.step())
     };
-    let steps = (0..options.threads.unwrap_or(1)).map(job).collect();
+    let steps = (0..options.threads.unwrap_or(pace.threads)).map(job).collect();
     drop(ended);
     if let Err((error, steps)) = background::submit(&shared, steps) {
         // Nothing began, and so nothing ends.
@@ -299,6 +311,7 @@ struct Job {
     bytes_per_second: Option<u64>,
     faults_seen: u64,
     waits: u32,
+    most_waits: u32,
 }
 
 impl Job {
@@ -342,7 +355,7 @@ impl Job {
             return Ok(Some(due));
         }
         let faults = shared.counters.snapshot().faults;
-        if faults != std::mem::replace(&mut self.faults_seen, faults) && self.waits < MOST_WAITS {
+        if faults != std::mem::replace(&mut self.faults_seen, faults) && self.waits < self.most_waits {
             self.waits += 1;
             return Ok(Some(now + FAULTS_FIRST));
         }
