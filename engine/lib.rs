@@ -25,6 +25,10 @@
 //! # }
 //! ```
 //!
+//! Pages may come from slow places, which workers read: [`FileSource`], [`ReadSource`], [`FnSource`], with the cargo feature
+//! `zstd` compressed images (`ZstdImage`), with `object-store` objects in S3 and other stores (`ObjectSource`), and whatever
+//! else is a [`PageSource`].
+//!
 //! With the cargo feature `tracing` it tells a subscriber of that crate what happens outside the way of a fault (targets
 //! `kiomap::…`), on a thread of its own; `docs/operations.md` lists the events.
 //!

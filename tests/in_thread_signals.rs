@@ -242,7 +242,7 @@ fn the_handler_before_may_touch_a_region() {
         TOUCH.store(at(&region, 3) as usize, Ordering::Relaxed);
         // The standard library's signal stacks hold one frame of the kernel's on some machines, not two.
         with_signal_stack(64 << 10, || assert_eq!(load(&region, 8), 0));
-        assert_eq!(FOUND.load(Ordering::Relaxed), mark(3).into());
+        assert_eq!(FOUND.load(Ordering::Relaxed), usize::from(mark(3)));
         assert_eq!(CALLS.load(Ordering::Relaxed), 1);
         assert_eq!(engine.stats().faults, 2);
     });

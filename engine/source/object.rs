@@ -86,7 +86,7 @@ impl ObjectOptions {
 /// size and etag are noted, every read asks for that etag, and an object that was replaced since is an error, never bytes of
 /// both. So is an answer of another range, or of more or fewer bytes than were asked for.
 ///
-/// A compressed image in a store is a [`ZstdImage`](crate::ZstdImage) over one of these.
+/// A compressed image in a store is a `ZstdImage` (feature `zstd`) over one of these.
 pub struct ObjectSource {
     store: Arc<dyn ObjectStore>,
     object: Arc<Object>,

@@ -39,14 +39,14 @@ impl<R: Read + Seek + Send + 'static> ReadSource<R> {
     /// # Errors
     ///
     /// [`Error::Invalid`] (`EINVAL`): it is no power of two of at least a page.
-    pub fn granule_bytes(mut self, bytes: usize) -> Result<Self> {
+    pub fn with_granule_bytes(mut self, bytes: usize) -> Result<Self> {
         self.granule_bytes = check_granule(bytes)?;
         Ok(self)
     }
 
     /// Sets what [`PageSource::identity`] answers; nothing unless set.
     #[must_use]
-    pub fn identity(mut self, identity: Vec<u8>) -> Self {
+    pub fn with_identity(mut self, identity: Vec<u8>) -> Self {
         self.identity = Some(identity);
         self
     }
@@ -106,7 +106,7 @@ impl<F: Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync + 'static> FnSource<F
     /// # Errors
     ///
     /// [`Error::Invalid`] (`EINVAL`): it is no power of two of at least a page.
-    pub fn granule_bytes(mut self, bytes: usize) -> Result<Self> {
+    pub fn with_granule_bytes(mut self, bytes: usize) -> Result<Self> {
         self.granule_bytes = check_granule(bytes)?;
         Ok(self)
     }
@@ -120,7 +120,7 @@ impl<F: Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync + 'static> FnSource<F
 
     /// Sets what [`PageSource::identity`] answers; nothing unless set.
     #[must_use]
-    pub fn identity(mut self, identity: Vec<u8>) -> Self {
+    pub fn with_identity(mut self, identity: Vec<u8>) -> Self {
         self.identity = Some(identity);
         self
     }

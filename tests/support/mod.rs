@@ -2,12 +2,15 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod calls;
+pub(crate) mod contents;
 pub(crate) mod pool;
 pub(crate) mod populating;
 pub(crate) mod raw;
 pub(crate) mod scene;
 pub(crate) mod touch;
 pub(crate) mod truth;
+#[cfg(feature = "object-store")]
+pub(crate) mod web;
 
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;

@@ -54,7 +54,11 @@ const IDLE_CONTEXTS_MAX: usize = 8;
 /// ZstdImage::make(&heap[..], std::fs::File::create(&path)?, &ZstdOptions::new(), |_| {})?;
 ///
 /// let image = Arc::new(ZstdImage::open(&path)?);
-/// let region = Engine::new()?.vmap(&image.list()?)?.attach(&AttachOptions::new())?;
+/// let engine = Engine::new()?;
+/// let region = engine.vmap(&image.list()?)?.attach(&AttachOptions::new())?;
+/// let mut bytes = [0; 3];
+/// region.read_at(500_000, &mut bytes)?;
+/// assert_eq!(bytes, [7; 3]);
 /// # Ok(())
 /// # }
 /// ```
