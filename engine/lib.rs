@@ -70,22 +70,24 @@ pub use page::page_size;
 pub use region::{AttachOptions, PopulateEnd, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;
-pub use runtime::engine::{Engine, EngineBuilder, Shutdown, WORKERS_MAX};
+pub use runtime::engine::{Engine, EngineBuilder, Shutdown};
 pub use runtime::placement::Placement;
+pub use runtime::workers::WORKERS_MAX;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
-pub use source::PageSource;
 pub use source::file::{FileOptions, FileSource};
 #[cfg(feature = "object-store")]
 pub use source::object::{ObjectOptions, ObjectSource};
 pub use source::reader::{FnSource, ReadSource};
 #[cfg(feature = "zstd")]
 pub use source::zstd::{MadeImage, ZstdImage, ZstdOptions};
+pub use source::{GRANULE_MAX_BYTES, PageSource};
 pub use stats::latency::FaultLatency;
 pub use stats::{SpaceStats, Stats, VmapStats};
 pub use sys::{
     Features, Ioctls, MemoryKind, Named, OpenAttempt, OpenFailure, OpenStep, OpenWay, Probe, probe, probe_way,
     range_ioctls,
 };
+pub use vmap::failure::{FailureCause, FailurePolicy, ReadFailed};
 pub use vmap::fill::FillProgress;
 pub use vmap::object::Backing;
 pub use vmap::page_size::PageSize;

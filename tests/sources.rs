@@ -90,7 +90,8 @@ fn a_panic_of_a_source_is_sigbus_and_the_workers_live() {
             }
         }
         let stats = settled_stats(&engine);
-        assert_eq!((stats.source_errors, stats.panics), (20, 20), "{stats:?}");
+        // Each is tried three times.
+        assert_eq!((stats.source_errors, stats.panics), (20, 60), "{stats:?}");
         assert_eq!(read_page(&attach(&engine, &pages(3)), 2), Ok(mark(2)));
     });
 }
@@ -442,7 +443,7 @@ fn a_shutdown_answers_a_touch_whose_source_is_stuck() {
         );
         std::thread::scope(|scope| {
             // In the same read as each other, and in a read of its own.
-            let touchers: Vec<_> = [3, 4, 20]
+            let touchers: Vec<_> = [3, 4, 38]
                 .map(|page| {
                     scope.spawn({
                         let region = &region;

@@ -18,6 +18,7 @@ mod render;
 mod report;
 mod scaling;
 mod series;
+mod sources;
 mod throughput;
 
 use std::cell::OnceCell;
@@ -130,6 +131,7 @@ fn measure_all(arguments: &Arguments) -> Result<Option<Report>> {
         throughput::group(&bench),
         populate::group(&bench),
         scaling::group(&bench),
+        sources::group(&bench),
         attach::group(&bench)?,
         events::group(&bench),
         idle::group(&bench),

@@ -334,9 +334,7 @@ impl Touch<'_> {
         let Some(window) = &self.area.target.window else { return Step::Again(Why::Changing) };
         let install = match source {
             // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
-            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe {
-                window.copy(self.pgoff, src, page_size())
-            },
+            Source::Memory(src) | Source::Read(src) => unsafe { window.copy(self.pgoff, src, page_size()) },
             Source::Zeros | Source::Held => window.zeropage(self.pgoff, page_size()),
         };
         self.board.count_installed(self.area, &source, install);

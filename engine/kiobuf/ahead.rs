@@ -32,7 +32,7 @@ impl Kiobuf {
                 Base::Mmap { map, at } => {
                     let _ = map.advise_range(Advice::WillNeed, *at, len as usize);
                 }
-                Base::Source { source, at } => source.will_read(*at..*at + len),
+                Base::Source(part) => part.source.will_read(part.at..part.at + len),
                 Base::Memory(_) | Base::Memfd(_) | Base::Zero | Base::Hole => {}
             }
         }
@@ -40,8 +40,10 @@ impl Kiobuf {
 
     /// Tells whether any of its pages may have to be waited for.
     pub(crate) fn may_block(&self) -> bool {
-        self.inner.extents.iter().any(|extent| {
-            matches!(extent.base, Base::Mmap { .. } | Base::File { .. } | Base::Memfd(_) | Base::Source { .. })
+        self.inner.extents.iter().any(|extent| match &extent.base {
+            Base::Mmap { .. } | Base::File { .. } | Base::Memfd(_) => true,
+            Base::Source(part) => part.may_block,
+            Base::Memory(_) | Base::Zero | Base::Hole => false,
         })
     }
 }

@@ -10,7 +10,7 @@ use super::memfd::Memfd;
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::page::{page_size, pages_for};
-use crate::source::PageSource;
+use crate::source::{GRANULE_MAX_BYTES, PageSource};
 
 /// Says where the pages of an extent come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -56,12 +56,39 @@ pub(super) enum Base {
         at: u64,
     },
     Memfd(Memfd),
-    Source {
-        source: Arc<dyn PageSource>,
-        at: u64,
-    },
+    Source(SourcePart),
     Zero,
     Hole,
+}
+
+/// A part of a page source, with what the source said of itself when the list was made.
+#[derive(Clone)]
+pub(super) struct SourcePart {
+    pub(super) source: Arc<dyn PageSource>,
+    /// The byte of the source at which the data begins, a multiple of the page size.
+    pub(super) at: u64,
+    /// A power of two, and a multiple of the page size.
+    pub(super) granule_bytes: u64,
+    pub(super) may_block: bool,
+}
+
+impl SourcePart {
+    /// Takes `len_bytes` bytes of a source from its start on.
+    pub(super) fn new(source: Arc<dyn PageSource>, len_bytes: u64) -> Result<SourcePart> {
+        if let Some(at) = source.len_bytes().filter(|&held| held < len_bytes) {
+            return Err(Error::Fault { what: "the page source", at });
+        }
+        let granule = source.granule_bytes();
+        if !granule.is_power_of_two() || !(page_size()..=GRANULE_MAX_BYTES).contains(&granule) {
+            return Err(Error::Invalid {
+                what: "the page source's granule in bytes",
+                value: granule as u64,
+                rule: "it must be a power of two, at least the page size and at most 4 MiB",
+            });
+        }
+        let may_block = source.may_block();
+        Ok(SourcePart { source, at: 0, granule_bytes: granule as u64, may_block })
+    }
 }
 
 /// A run of pages of one kind.
@@ -86,7 +113,7 @@ impl Base {
             Base::Mmap { map, at } => Base::Mmap { map: Arc::clone(map), at: at + bytes as usize },
             Base::File { file, at } => Base::File { file: Arc::clone(file), at: at + bytes },
             Base::Memfd(memfd) => Base::Memfd(memfd.skip(bytes)),
-            Base::Source { source, at } => Base::Source { source: Arc::clone(source), at: at + bytes },
+            Base::Source(part) => Base::Source(SourcePart { at: part.at + bytes, ..part.clone() }),
             Base::Zero => Base::Zero,
             Base::Hole => Base::Hole,
         }
@@ -173,6 +200,18 @@ impl Extent {
     pub(super) fn data_position(&self, whole_page: u64) -> u64 {
         debug_assert!(self.whole_pages().contains(&whole_page));
         (whole_page - self.first_page) * page_size() as u64 - self.valid.start
+    }
+
+    /// Returns the pages that are best read together with a page of it, that page among them.
+    pub(super) fn unit_of(&self, pgoff: u64) -> Range<u64> {
+        let Base::Source(part) = &self.base else { return pgoff..pgoff + 1 };
+        let page = page_size() as u64;
+        // A source's data begins with the extent's first page.
+        let (granule, first) = (part.granule_bytes / page, part.at / page);
+        let start = (first + (pgoff - self.first_page)) / granule * granule;
+        let pages = self.pages();
+        let (start, end) = (start.saturating_sub(first), start + granule - first);
+        self.first_page + start..(self.first_page + end).min(pages.end)
     }
 
     /// Zeroes the slack in `buf`, which is to hold the pages from `first` on; returns what is left to fill and the

@@ -41,10 +41,10 @@ impl Kiobuf {
                     [3, *at].into_iter().chain(words).for_each(&mut put);
                 }
                 Base::Memfd(memfd) => [4, memfd.at].into_iter().for_each(&mut put),
-                Base::Source { source, at } => {
-                    let identity = source.identity();
+                Base::Source(part) => {
+                    let identity = part.source.identity();
                     let len = identity.as_ref().map_or(0, |identity| 1 + identity.len() as u64);
-                    [5, *at, len].into_iter().for_each(&mut put);
+                    [5, part.at, len].into_iter().for_each(&mut put);
                     said.extend(identity.into_iter().flatten());
                 }
                 Base::Zero => put(6),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use super::extent::{Base, Extent};
+use super::extent::{Base, Extent, SourcePart};
 use super::file::PagedFile;
 use super::memfd::Memfd;
 use super::memory::{Borrowed, Memory};
@@ -164,15 +164,19 @@ impl Kiobuf {
         })
     }
 
-    /// Maps `length_bytes` bytes that a page source makes when they are touched.
+    /// Maps `length_bytes` bytes that a page source makes when they are touched. What the source says of itself is asked now,
+    /// once.
     ///
     /// # Errors
     ///
     /// * [`Error::AlreadyMapped`] (`EINVAL`): the list has pages.
-    /// * [`Error::Invalid`] (`EINVAL`): `length_bytes` is zero.
+    /// * [`Error::Invalid`] (`EINVAL`): `length_bytes` is zero, or the source's
+    ///   [granule](PageSource::granule_bytes) is no power of two from the page size to
+    ///   [`GRANULE_MAX_BYTES`](crate::GRANULE_MAX_BYTES).
+    /// * [`Error::Fault`] (`EFAULT`): the source [ends](PageSource::len_bytes) before the list does.
     /// * [`Error::Overflow`] (`EOVERFLOW`): `length_bytes` does not fit in 63 bits.
     pub fn map_source(&mut self, source: Arc<dyn PageSource>, length_bytes: u64) -> Result<()> {
-        self.fill(|| Extent::of_bytes(Base::Source { source, at: 0 }, 0, length_bytes))
+        self.fill(|| Extent::of_bytes(Base::Source(SourcePart::new(source, length_bytes)?), 0, length_bytes))
     }
 
     /// Maps pages of zeros, which need no memory until they are touched.

@@ -34,8 +34,8 @@ pub use arena::Arena;
 pub use extent::{ExtentInfo, ExtentKind};
 pub use lock::{LockWait, PageLock};
 pub(crate) use memfd::MemfdRun;
-pub(crate) use nopage::Nopage;
-pub(crate) use outcome::TryRead;
+pub(crate) use nopage::{Nopage, ReadUnit};
+pub(crate) use outcome::{ReadFailure, TryRead};
 
 use extent::{Base, Extent, add_pages};
 
@@ -145,6 +145,11 @@ impl Kiobuf {
     /// Looks a page up; no system call, no lock, no allocation.
     pub(crate) fn nopage(&self, pgoff: u64) -> Nopage {
         nopage::nopage(&self.inner.extents, pgoff)
+    }
+
+    /// Looks up how a page is read by a worker; `None` past the end. As [`Kiobuf::nopage`], it only looks.
+    pub(crate) fn read_unit(&self, pgoff: u64) -> Option<ReadUnit> {
+        nopage::read_unit(&self.inner.extents, pgoff)
     }
 
     /// Returns the addresses of the memory and the mapped files that the list reads.

@@ -2,8 +2,10 @@
 //! allocation, nothing but the list itself.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::extent::{Base, Extent};
+use super::memfd::Memfd;
 
 /// Says how a page of the list is had. Every run contains the page asked for, within one extent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +49,31 @@ impl std::fmt::Display for NoPageWhy {
             NoPageWhy::Hole => "the list has a hole there",
         })
     }
+}
+
+/// Says how pages are read that a worker reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ReadUnit {
+    /// The pages that are best read together, the one that was asked for among them.
+    pub(crate) pages: Range<u64>,
+    /// The pages of the list that may be read together with them.
+    pub(crate) run: Range<u64>,
+    /// Tells what they are read from apart from all else that is there.
+    pub(crate) medium: usize,
+    /// Reading them waits for nothing.
+    pub(crate) is_quick: bool,
+}
+
+/// Looks up how a page is read.
+pub(super) fn read_unit(extents: &[Extent], pgoff: u64) -> Option<ReadUnit> {
+    let extent = extent_at(extents, pgoff)?;
+    let (medium, is_quick) = match &extent.base {
+        Base::Source(part) => (Arc::as_ptr(&part.source).cast::<()>().addr(), !part.may_block),
+        Base::File { file, .. } | Base::Memfd(Memfd { file, .. }) => (Arc::as_ptr(file).addr(), false),
+        Base::Mmap { map, .. } => (Arc::as_ptr(map).addr(), false),
+        Base::Memory(_) | Base::Zero | Base::Hole => (0, true),
+    };
+    Some(ReadUnit { pages: extent.unit_of(pgoff), run: extent.pages(), medium, is_quick })
 }
 
 /// Finds the extent that holds a page. `extents` are ordered and leave no gap.

@@ -70,11 +70,11 @@ pub(super) fn read_data(extent: &Extent, position: u64, buf: &mut [u8]) -> Resul
         }
         Base::Mmap { map, at } => read_mapped_file(map.as_ptr().addr() + at + position as usize, buf),
         Base::File { file, at } | Base::Memfd(Memfd { file, at, .. }) => file.read(at + position, buf),
-        Base::Source { source, at } => {
+        Base::Source(part) => {
             // What a source leaves out must not be what another list's page left in the buffer.
             buf.fill(0);
-            let offset_bytes = at + position;
-            source.read_at(offset_bytes, buf).map_err(|error| ReadFailure::Source { offset_bytes, error })
+            let offset_bytes = part.at + position;
+            part.source.read_at(offset_bytes, buf).map_err(|error| ReadFailure::Source { offset_bytes, error })
         }
         Base::Zero => {
             buf.fill(0);

@@ -10,6 +10,7 @@ use super::shared::EngineShared;
 use super::threads::{self, contain};
 use crate::trace::tell;
 use crate::vmap::core::{Notice, VmapCore};
+use crate::vmap::failure::ReadFailed;
 
 thread_local! {
     /// The vmap whose callback runs on this thread.
@@ -33,11 +34,30 @@ pub(crate) fn run(shared: &Arc<EngineShared>, notices: &Receiver<Notice>) {
                 // Perhaps the last reference, to a list and to what it keeps alive.
                 contain(shared, || drop(core));
             }
+            Notice::Failed(core, report) => {
+                report_failed(shared, &core, report);
+                contain(shared, || drop(core));
+            }
             // Dropped, which tells who sent it.
             Notice::Settle(_) => {}
             Notice::End => return,
         }
     }
+}
+
+/// Tells a vmap's callback of pages that could not be read.
+fn report_failed(shared: &EngineShared, core: &Arc<VmapCore>, report: ReadFailed) {
+    core.failures.reported();
+    let slot = || core.failures.callback.lock().unwrap_or_else(PoisonError::into_inner);
+    // Taken out while it runs: no lock is held over it.
+    let Some(mut callback) = slot().take() else { return };
+    if contain(shared, || callback(core, report)).is_none() {
+        tell!(ERROR, "kiomap::callback", "panicked", engine = shared.id, vmap = core.id);
+    }
+    if shared.is_child() {
+        threads::end_child();
+    }
+    *slot() = Some(callback);
 }
 
 /// Calls the callback of a vmap.

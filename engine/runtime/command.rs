@@ -4,23 +4,22 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
 use nix::errno::Errno;
 
+use super::buffers::ReadBuffer;
 use super::call::Ticket;
-use super::fault::Fault;
 use super::huge::HugeMemory;
+use super::reads::{Outcome, Subject};
 use super::strays::{Finding, LookupId};
-use crate::kiobuf::Kiobuf;
 use crate::process::ledger::Private;
 use crate::snapshot::View;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, InsertError};
 use crate::space::{AreaRecord, Pieces, Space, SpaceId, Target};
 use crate::stats::SpaceCounters;
-use crate::stats::latency::Moment;
 use crate::sys::Userfault;
-use crate::vmap::core::Contents;
+use crate::vmap::core::{Contents, VmapCore};
+use crate::vmap::failure::Why;
 use crate::vmap::page_size::PageSize;
 
 /// The child's half of a fork, as the fault-handling thread sees it.
@@ -86,6 +85,11 @@ pub(crate) enum Command {
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
+    /// Reads pages as a touch of them would, all of one extent, and answers when they are there or can't be had. The asker keeps
+    /// the subject alive, and answers for no other part of the list.
+    Read { subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<Result<(), Why>> },
+    /// Has pages of a vmap that its object holds be mapped wherever they were SIGBUS.
+    Heal { vmap: u64, pages: Range<u64>, reply: Ticket<Result<(), Changing>> },
     /// Copies every space and its areas into the asker's memory.
     View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
     /// The asker is about to look an address up; answers with what to tell the finding by, if it should.
@@ -124,48 +128,49 @@ pub(crate) enum Post {
     Gone(SpaceId),
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
     Stray(Stray),
+    /// Pages could not be read.
+    Failed(Failed),
+    /// One more worker is needed.
+    Worker,
     /// After a shutdown no area is left that the fault-handling thread knows: may it end?
     Empty,
     /// The thread has ended: no area is left and none will come.
     HandlerEnded,
 }
 
-/// Page-aligned memory that travels between the fault-handling thread and the workers.
-pub(crate) struct ReadBuffer(pub(crate) MmapMut);
-
-/// Pages to be read by a worker.
+/// Pages to be read by a worker, installed, and told of.
 pub(crate) struct ReadJob {
+    /// Names the read.
+    pub(crate) id: u64,
     /// Dropped by the worker: it may be the last to hold what the list keeps alive.
-    pub(crate) list: Kiobuf,
-    pub(crate) order: ReadOrder,
-}
-
-/// What is to be read, for which fault, into what.
-pub(crate) struct ReadOrder {
-    pub(crate) space: SpaceId,
-    pub(crate) vmap: u64,
+    pub(crate) subject: Subject,
+    /// The list's.
     pub(crate) generation: u64,
-    /// The pages to read, all of one extent.
+    /// The pages to read, all of one extent unless they are a huge page.
     pub(crate) pages: Range<u64>,
-    /// The address that faulted; its page is one of them.
-    pub(crate) addr: usize,
-    /// When that fault was read.
-    pub(crate) since: Moment,
-    /// It is for a huge page of that size, and the pages may be of several extents.
-    pub(crate) huge: Option<PageSize>,
+    pub(crate) lent: Lent,
+}
+
+/// A buffer that a worker reads into, and whose it is.
+pub(crate) struct Lent {
     pub(crate) buffer: ReadBuffer,
+    /// It is one of those for huge pages of a size.
+    pub(crate) huge: Option<PageSize>,
+    /// It is for a read that waits for nothing.
+    pub(crate) is_quick: bool,
 }
 
-impl ReadOrder {
-    /// The fault that it is for.
-    pub(crate) fn fault(&self) -> Fault {
-        let Self { space, addr, since, .. } = *self;
-        Fault { space, addr, tid: 0, write: false, minor: false, since, retries: 0, starved: 0, alone: false }
-    }
-}
-
-/// A [`ReadOrder`] that was carried out.
+/// A [`ReadJob`] that was done.
 pub(crate) struct ReadDone {
-    pub(crate) order: ReadOrder,
-    pub(crate) outcome: Result<(), Errno>,
+    pub(crate) id: u64,
+    pub(crate) lent: Lent,
+    pub(crate) outcome: Outcome,
+}
+
+/// Pages that could not be read.
+pub(crate) struct Failed {
+    pub(crate) vmap: Arc<VmapCore>,
+    pub(crate) pages: Range<u64>,
+    pub(crate) why: Why,
+    pub(crate) tries: u32,
 }

@@ -131,7 +131,18 @@ fn read_one(
     let fault = match message {
         Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
             let (addr, since) = (page_floor(addr), Moment::now());
-            Some(Fault { space: id, addr, tid, write, minor: false, since, retries: 0, starved: 0, alone: false })
+            Some(Fault {
+                space: id,
+                addr,
+                tid,
+                write,
+                minor: false,
+                since,
+                retries: 0,
+                starved: 0,
+                alone: false,
+                failed: None,
+            })
         }
         _ => None,
     };
@@ -222,7 +233,7 @@ impl<'a> Fill<'a> {
         let page = page_size();
         let (skipped, len) = ((pgoff - self.pages.start) as usize * page, (end - pgoff) as usize * page);
         let bytes = match self.source.advanced(skipped) {
-            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => Some(src),
+            Source::Memory(src) | Source::Read(src) => Some(src),
             Source::Zeros | Source::Held => None,
         };
         match (self.way, bytes) {

@@ -11,6 +11,7 @@ use crossbeam_channel::Receiver;
 
 use super::around::FaultAround;
 use super::bell::Bell;
+use super::buffers::READ_BUFFERS_MIN_BYTES;
 use super::command::{Command, Post};
 use super::crew::{Crew, HANDLERS_MAX};
 use super::handler::{Handler, Parts};
@@ -19,8 +20,10 @@ use super::jobs::Jobs;
 use super::keeper::Keeper;
 use super::placement::{Placement, Placer};
 use super::shared::EngineShared;
+use super::slow::Slow;
 use super::threads::{self, Role, contain};
 use super::watch::Watch;
+use super::workers::{Pool, Roll, WORKERS_MAX};
 use super::{background, callbacks, crew_member, level, workers};
 use crate::fork;
 use crate::fork::link::Local;
@@ -41,12 +44,12 @@ use crate::vmap::registry::Registry;
 use crate::vmap::{Vmap, VmapBuilder};
 use crate::{Error, Result};
 
-/// The most worker threads.
-pub const WORKERS_MAX: usize = 64;
 /// Commands that may wait at once.
 const COMMANDS: usize = 256;
-/// Read buffers for each worker: one that is read into and one that waits.
-const BUFFERS_PER_WORKER: usize = 2;
+/// Workers that are started with the engine: with one, every read is made sooner or later, even if no more can be started.
+const FIRST_WORKERS: usize = 1;
+/// The most bytes that buffers take, unless more are asked for.
+const READ_BUFFER_BYTES: usize = 40 << 20;
 
 /// Pages memory in for this process and the processes forked from it.
 ///
@@ -59,6 +62,9 @@ const BUFFERS_PER_WORKER: usize = 2;
 pub struct Engine {
     shared: Arc<EngineShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    workers: workers::Threads,
+    /// Hears when all of them have ended.
+    workers_ended: Receiver<()>,
     #[cfg(test)]
     crew: Arc<Crew>,
 }
@@ -78,6 +84,7 @@ pub enum Shutdown {
 pub struct EngineBuilder {
     fault_around: FaultAround,
     workers: usize,
+    read_buffer_bytes: usize,
     placement: Placement,
     handlers: Option<usize>,
     crew_always: bool,
@@ -93,7 +100,8 @@ impl Default for EngineBuilder {
     fn default() -> Self {
         EngineBuilder {
             fault_around: FaultAround::default(),
-            workers: 4,
+            workers: 8,
+            read_buffer_bytes: READ_BUFFER_BYTES,
             placement: Placement::default(),
             handlers: None,
             crew_always: false,
@@ -122,10 +130,28 @@ impl EngineBuilder {
         self.fault_around(FaultAround::Fixed(pages))
     }
 
-    /// Sets how many threads read from slow sources, from 1 to [`WORKERS_MAX`]; 4 unless set.
+    /// Sets how many reads of one source, or of one file, may be made at once, from 1 to [`WORKERS_MAX`]; 8 unless set.
+    ///
+    /// Each is made by a thread of its own, which is started when it is first needed and stays. Of all files and sources
+    /// together, at most [`WORKERS_MAX`] reads that may wait are made at once. So a source that does not come back occupies
+    /// its own threads, and no others: further touches of its pages wait until one of them is free, or their
+    /// [deadline](crate::FailurePolicy::deadline) has passed. Sources that [wait for nothing](crate::PageSource::may_block) have
+    /// 4 threads more among them.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
+        self
+    }
+
+    /// Sets how many bytes of memory reads may take together, until their pages are installed; 40 MiB unless set, and at least
+    /// 8 MiB.
+    ///
+    /// Of these, 4 MiB are for sources that [wait for nothing](crate::PageSource::may_block). Reads that find no room wait for it.
+    /// Huge pages have buffers of their own, and whoever fills pages on a thread of his own ([`Vmap::read_at`],
+    /// [`Region::populate`](crate::Region::populate), a shutdown that fills) has one of at most 256 KiB beside.
+    #[must_use]
+    pub fn read_buffer_bytes(mut self, bytes: usize) -> Self {
+        self.read_buffer_bytes = bytes;
         self
     }
 
@@ -208,6 +234,11 @@ impl EngineBuilder {
             Self { workers, .. } if !(1..=WORKERS_MAX).contains(workers) => {
                 invalid("workers", *workers, "there must be from 1 to 64")
             }
+            Self { read_buffer_bytes, .. } if *read_buffer_bytes < READ_BUFFERS_MIN_BYTES => invalid(
+                "read_buffer_bytes",
+                *read_buffer_bytes,
+                "it must be at least 8 MiB, two of the largest granule",
+            ),
             Self { handlers: Some(handlers), .. } if !(1..=HANDLERS_MAX).contains(handlers) => {
                 invalid("handlers", *handlers, "there must be from 1 to 16")
             }
@@ -267,10 +298,18 @@ impl EngineBuilder {
             retired: AtomicBool::new(false),
             attaching: AtomicUsize::new(0),
         });
-        let read_buffers = self.workers * BUFFERS_PER_WORKER;
-        let (jobs, job_inbox) = crossbeam_channel::bounded(read_buffers);
-        let (done, done_inbox) = crossbeam_channel::bounded(read_buffers);
-        let worker_ids: workers::WorkerIds = (0..self.workers).map(|_| AtomicI32::new(-1)).collect();
+        let (jobs, job_inbox) = crossbeam_channel::bounded(workers::THREADS_MAX);
+        let (done, done_inbox) = crossbeam_channel::bounded(workers::THREADS_MAX);
+        let (alive, workers_ended) = crossbeam_channel::bounded(0);
+        let roll = Arc::new(Roll::new());
+        let pool = Pool {
+            roll: Arc::clone(&roll),
+            jobs: job_inbox,
+            done,
+            bell: Arc::clone(&handler_bell),
+            alive,
+            threads: workers::Threads::default(),
+        };
         // Without members it is never called, and needs nothing.
         let crew = Crew::new(&shared, &handler_bell, self.fault_around, self.crew())?;
         let handler = Handler::new(Parts {
@@ -280,26 +319,23 @@ impl EngineBuilder {
             keeper: Arc::clone(&keeper_handle),
             uffd,
             counters: own,
-            jobs,
+            slow: Slow::new(jobs, roll, workers::limits(self.workers), self.read_buffer_bytes, FIRST_WORKERS),
             done: done_inbox,
-            workers: Arc::clone(&worker_ids),
             fault_around: self.fault_around,
-            read_buffers,
             crew: Arc::clone(&crew),
             crew_always: self.crew_always,
         })?;
-        let keeper = Keeper::new(Arc::clone(&shared), keeper_inbox, notices.clone())?;
+        let workers = Arc::clone(&pool.threads);
+        let keeper = Keeper::new(Arc::clone(&shared), keeper_inbox, notices.clone(), pool)?;
         let engine = Engine {
             shared: Arc::clone(&shared),
             threads: Mutex::default(),
+            workers,
+            workers_ended,
             #[cfg(test)]
             crew: Arc::clone(&crew),
         };
-        let started = self.start_threads(&engine, handler, &crew, keeper, notice_inbox, |index| {
-            let (shared, ids, bell) = (Arc::clone(&shared), Arc::clone(&worker_ids), Arc::clone(&handler_bell));
-            let (jobs, done) = (job_inbox.clone(), done.clone());
-            move || workers::run(&shared, index, &ids, &jobs, &done, &bell)
-        });
+        let started = self.start_threads(&engine, handler, &crew, keeper, notice_inbox);
         if let Err(error) = started {
             // The fault-handling thread was to start last and did not: tell those that wait for it. The workers end
             // because the sender of their jobs went with it.
@@ -327,17 +363,16 @@ impl EngineBuilder {
 
 impl EngineBuilder {
     /// Starts the threads, the fault-handling thread last. What does not start is dropped.
-    fn start_threads<W: FnOnce() + Send + 'static>(
+    fn start_threads(
         &self,
         engine: &Engine,
         mut handler: Handler,
         crew: &Arc<Crew>,
         mut keeper: Keeper,
         notices: Receiver<Notice>,
-        worker: impl Fn(usize) -> W,
     ) -> Result<()> {
-        for index in 0..self.workers {
-            engine.start(Role::Worker, worker(index))?;
+        for _ in 0..FIRST_WORKERS {
+            keeper.pool().start(&engine.shared)?;
         }
         let shared = Arc::clone(&engine.shared);
         engine.start(Role::Callback, move || callbacks::run(&shared, &notices))?;
@@ -487,11 +522,7 @@ impl Engine {
         if threads::current_role(self.shared.id) == Some(Role::Keeper) {
             return Err(Error::WouldDeadlock { what: "settling counts", thread: "keeper" });
         }
-        while !self.shared.handler.ask(|reply| Command::Barrier { reply })? {
-            // The keeper makes room for the posts that found none.
-            std::thread::yield_now();
-        }
-        super::call::call(|reply| self.shared.keeper.send(Request::Settle { reply })).ok_or(Error::Shutdown)
+        self.shared.settle()
     }
 
     /// Shuts the engine down: every attach from now on is refused, every fault that waits is answered.
@@ -581,6 +612,7 @@ impl Engine {
                 // A panic of a thread was caught and counted inside.
                 let _ = thread.join();
             }
+            workers::join(&self.workers, &self.workers_ended);
         }
     }
 

@@ -9,24 +9,25 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 use memmap2::MmapMut;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 
 use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
-use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadBuffer, ReadDone, ReadJob, Stray};
+use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadDone, Stray};
 use super::crew::Crew;
 use super::crew_call::Caller;
 use super::crew_roster::Roster;
 use super::fault::Fault;
 use super::handles::KeeperHandle;
 use super::placement::{LONGEST_WAIT_MS, Placement, Placer};
+use super::read_timer::ReadTimer;
 use super::resolve::{Answer, Resolver};
 use super::shared::EngineShared;
+use super::slow::Slow;
 use super::strays::{Cause, Finding, Held, Lookup, LookupId, Strays, adopt, uncover};
-use super::workers::WorkerIds;
 use crate::inthread::Desk;
 use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
@@ -39,6 +40,7 @@ use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
 
 mod crew;
+mod reads;
 
 /// Messages read by one system call.
 const MESSAGES_PER_READ: usize = 64;
@@ -49,8 +51,9 @@ const EAGER_RETRIES: u32 = 8;
 const LONGEST_PAUSE_MS: u16 = 8;
 /// Turns for one busy space before the bell and the others are looked at.
 const TURNS_WITHOUT_A_LOOK: u32 = 16;
-/// The bell's token in epoll; spaces use their ids.
+/// The bell's and the timer's tokens in epoll; spaces use their ids.
 const BELL_TOKEN: u64 = u64::MAX;
+const TIMER_TOKEN: u64 = u64::MAX - 1;
 
 /// Everything that the thread works with; made before it starts, so that it allocates nothing.
 pub(crate) struct Handler {
@@ -78,6 +81,9 @@ pub(crate) struct Handler {
     unsent: MmapVec<Post>,
     resolver: Resolver,
     done: Receiver<ReadDone>,
+    read_timer: ReadTimer,
+    /// It has rung.
+    reads_due: bool,
     retired: bool,
     ending: Ending,
     /// Regions of the own process that are being dropped.
@@ -111,11 +117,9 @@ pub(crate) struct Parts {
     pub(crate) keeper: Arc<KeeperHandle>,
     pub(crate) uffd: Arc<Private<Userfault>>,
     pub(crate) counters: Arc<SpaceCounters>,
-    pub(crate) jobs: Sender<ReadJob>,
+    pub(crate) slow: Slow,
     pub(crate) done: Receiver<ReadDone>,
-    pub(crate) workers: WorkerIds,
     pub(crate) fault_around: FaultAround,
-    pub(crate) read_buffers: usize,
     /// Threads that answer simple faults beside this one.
     pub(crate) crew: Arc<Crew>,
     /// They are to do so all the time.
@@ -131,11 +135,8 @@ impl Handler {
         epoll.0.add(&**parts.uffd, readable(OWN_SPACE)).map_err(Error::sys("epoll_ctl for a userfaultfd"))?;
         let window_bytes = parts.fault_around.read_pages() * page_size();
         let anonymous = |bytes| MmapMut::map_anon(bytes).map_err(Error::io("mmap of a read buffer"));
-        let mut buffers = MmapVec::new();
-        buffers.try_reserve(parts.read_buffers).map_err(&no_memory)?;
-        for _ in 0..parts.read_buffers {
-            buffers.try_push(ReadBuffer(anonymous(window_bytes)?)).map_err(|(_, errno)| no_memory(errno))?;
-        }
+        let read_timer = ReadTimer::new().map_err(Error::sys("timerfd_create for the fault-handling thread"))?;
+        epoll.0.add(&read_timer, readable(TIMER_TOKEN)).map_err(Error::sys("epoll_ctl for a timer"))?;
         let shared = &parts.shared;
         let desk =
             shared.delivers_in_thread().then(|| Desk::new(shared, &parts.uffd, &parts.counters, parts.fault_around));
@@ -161,13 +162,9 @@ impl Handler {
             resolver: Resolver::new(
                 Arc::clone(&parts.shared),
                 anonymous(window_bytes)?,
-                buffers,
-                parts.jobs,
-                parts.workers,
+                parts.slow,
                 parts.fault_around,
-                parts.read_buffers,
-            )
-            .map_err(&no_memory)?,
+            ),
             pending: held()?,
             parked: held()?,
             strays: Strays::new().map_err(&no_memory)?,
@@ -181,6 +178,8 @@ impl Handler {
             unsent: MmapVec::new(),
             desk: desk.transpose()?,
             done: parts.done,
+            read_timer,
+            reads_due: false,
             retired: false,
             ending: Ending::No,
             leavers: 0,
@@ -213,6 +212,7 @@ impl Handler {
             self.open_desk();
             self.placer.turns();
             self.mind_the_crew();
+            self.make_reads();
             let rung = self.read();
             // Events were applied while reading; only now are faults answered, by the table as it is.
             self.answer_pending();
@@ -223,8 +223,9 @@ impl Handler {
                     self.take_handed_on();
                     self.answer_pending();
                 }
-                self.install_finished_reads();
+                self.end_finished_reads();
             }
+            self.end_late_reads();
             self.retry_parked();
             self.flush_unsent();
             // Commands come last: a barrier then stands behind everything that was read before it.
@@ -270,6 +271,7 @@ impl Handler {
         for event in &ready[..woken] {
             match event.data() {
                 BELL_TOKEN => rung = true,
+                TIMER_TOKEN => self.reads_due = true,
                 space => {
                     if self.read_space(space) {
                         heard += 1;
@@ -408,8 +410,18 @@ impl Handler {
                     }
                     add(&space.counters.faults, 1);
                     let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
-                    let fault =
-                        Fault { space: id, addr, tid, write, minor, since, retries: 0, starved: 0, alone: false };
+                    let fault = Fault {
+                        space: id,
+                        addr,
+                        tid,
+                        write,
+                        minor,
+                        since,
+                        retries: 0,
+                        starved: 0,
+                        alone: false,
+                        failed: None,
+                    };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
@@ -436,6 +448,9 @@ impl Handler {
                     // Their threads were woken. Answered later, they might meet another region at the address.
                     for faults in [&mut *pending, &mut *parked] {
                         faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
+                    }
+                    if !gone.is_empty() {
+                        resolver.forget_faults(|fault| fault.space == id && gone.contains(&fault.addr));
                     }
                     strays.unmapped(id, &gone);
                     // Perhaps it was of what is in no table.
@@ -509,6 +524,7 @@ impl Handler {
                 if let Some(held) = self.parked.iter_mut().find(|held| covers(held)) {
                     held.retries = held.retries.max(retries);
                     held.starved = held.starved.max(starved);
+                    held.failed = held.failed.max(fault.failed);
                 } else if self.parked.len() < FAULTS_HELD {
                     // Reserved at the start.
                     let _ = self.parked.try_push(Fault { retries, starved, ..fault });
@@ -641,24 +657,9 @@ impl Handler {
         if let Some(desk) = &mut self.desk {
             desk.refuse_all();
         }
-        while let Some(fault) = self.resolver.abandon_read().or_else(|| self.strays.pop()) {
+        self.abandon_reads();
+        while let Some(fault) = self.strays.pop() {
             self.answer(fault);
-        }
-    }
-
-    fn install_finished_reads(&mut self) {
-        while let Ok(ReadDone { order, outcome }) = self.done.try_recv() {
-            match self.index_of(order.space) {
-                Some(index) if !self.retired => {
-                    let (fault, answer) = self.resolver.finish_read(&self.spaces[index], order, outcome);
-                    self.follow(fault, answer);
-                }
-                _ => {
-                    let fault = order.fault();
-                    self.resolver.discard(order);
-                    self.answer(fault);
-                }
-            }
         }
     }
 
@@ -795,9 +796,17 @@ impl Handler {
                         target.generation = contents.generation;
                     }
                 }
+                let generation = contents.generation;
                 drop(contents);
+                self.end_outdated_reads(vmap, generation);
                 reply.answer(());
             }
+            Command::Read { subject, generation, pages, reply } => {
+                if !self.retired {
+                    self.resolver.ask_for(subject, generation, pages, reply);
+                }
+            }
+            Command::Heal { vmap, pages, reply } => reply.answer(self.heal(vmap, &pages)),
             Command::View { mut view, reply } => {
                 let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
                 reply.answer((view, outcome));
@@ -923,6 +932,7 @@ impl Handler {
         for faults in [&mut self.pending, &mut self.parked] {
             faults.drain_where(|fault| fault.space == space, drop);
         }
+        self.resolver.forget_faults(|fault| fault.space == space);
         self.strays.forget(space);
         Some(removed)
     }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::bell::Bell;
 use super::call::{self, Ticket};
 use super::command::{Command, Post};
-use crate::kiobuf::Kiobuf;
+use super::reads::Subject;
 use crate::process::ledger::Private;
 use crate::stats::SpaceCounters;
 use crate::{Error, Result};
@@ -75,8 +75,8 @@ pub(crate) enum Request {
     RetryDeferred,
     /// Answers when every post before it is counted.
     Settle { reply: Ticket<()> },
-    /// Drops a list, whose end may run code of the application.
-    Drop { _list: Kiobuf },
+    /// Drops a list and its vmap, whose end may run code of the application.
+    Drop { _subject: Subject },
     /// Lets go of every child: their guards take over.
     DropPeers { reply: Option<Ticket<()>> },
 }

@@ -9,16 +9,16 @@
 
 use std::ops::Range;
 
-use crossbeam_channel::TrySendError;
 use memmap2::{Advice, Mmap, MmapMut};
-use nix::errno::Errno;
 
-use super::command::{Command, ReadBuffer, ReadJob, ReadOrder};
+use super::buffers::ReadBuffer;
+use super::command::Command;
 use super::fault::Fault;
 use super::plan::Plan;
-use super::resolve::{Answer, Claim, RETRIES_BEFORE_ASIDE, Resolver, Source};
+use super::reads::{Waiter, Wanted};
+use super::resolve::{Answer, RETRIES_BEFORE_ASIDE, Resolver, Source};
 use super::shared::EngineShared;
-use crate::kiobuf::{Kiobuf, Nopage, TryRead};
+use crate::kiobuf::{Kiobuf, Nopage, ReadFailure, TryRead};
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{Space, Target};
@@ -65,11 +65,16 @@ impl HugeSizes {
         self.0.iter_mut().flatten().find(|memory| memory.page == page)
     }
 
-    /// Takes a buffer back.
-    pub(super) fn give_back(&mut self, order: ReadOrder) {
-        if let Some(memory) = order.huge.and_then(|page| self.of(page)) {
+    /// Lends a buffer for a page of a size, if one is free.
+    pub(super) fn lend(&mut self, page: PageSize) -> Option<ReadBuffer> {
+        self.of(page)?.buffers.pop()
+    }
+
+    /// Takes it back.
+    pub(super) fn give_back(&mut self, page: PageSize, buffer: ReadBuffer) {
+        if let Some(memory) = self.of(page) {
             // It came from there: its place is free.
-            let _ = memory.buffers.try_push(order.buffer);
+            let _ = memory.buffers.try_push(buffer);
         }
     }
 }
@@ -92,9 +97,9 @@ pub(crate) fn provide(shared: &EngineShared, page: PageSize) -> Result<()> {
 /// # Errors
 ///
 /// That of the first extent that can't be read.
-pub(crate) fn read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> std::result::Result<(), Errno> {
+pub(crate) fn read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> std::result::Result<(), ReadFailure> {
     for part in parts(list, pages.clone()) {
-        list.read_pages(part.start, &mut buf[bytes_of(pages.start, &part)]).map_err(|failure| failure.errno())?;
+        list.read_pages(part.start, &mut buf[bytes_of(pages.start, &part)])?;
     }
     buf[bytes_of(pages.start, &pages).end..].fill(0);
     Ok(())
@@ -115,9 +120,7 @@ fn try_read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> TryRead {
 impl Resolver {
     /// Keeps memory for huge pages, unless there is some of the size already: it goes back then, to be freed elsewhere.
     pub(super) fn take_huge(&mut self, memory: HugeMemory) -> Option<HugeMemory> {
-        // Each buffer may be under way, of every size.
-        let more = self.buffers.len() + READ_BUFFERS * PageSize::HUGE.len();
-        if self.huge.of(memory.page).is_some() || self.claims.try_reserve(more).is_err() {
+        if self.huge.of(memory.page).is_some() {
             return Some(memory);
         }
         match self.huge.0.iter_mut().find(|place| place.is_none()) {
@@ -168,10 +171,10 @@ impl Resolver {
         fault: &Fault,
         pages: Range<u64>,
     ) -> Answer {
-        let Target { vmap, list, page, .. } = &area.target;
+        let Target { list, page, .. } = &area.target;
         let is_worker = self.is_worker(fault);
-        if self.claims.iter().any(|claim| claim.vmap == vmap.id && claim.pages.contains(&pages.start)) {
-            return if is_worker { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
+        if let Some(answer) = self.join_read(space, uffd, area, fault, pages.start) {
+            return answer;
         }
         // It may have been brought for another space before this fault was read: composing it takes longer than asking.
         match map_resident(uffd, fault.addr, page.bytes()) {
@@ -189,80 +192,33 @@ impl Resolver {
                 let source = Source::Read(memory.bounce.as_ptr());
                 self.install_huge(space, uffd, area, fault, source)
             }
-            TryRead::Failed(_) => {
+            TryRead::Failed(_) if is_worker => {
                 self.count_failed(area);
                 self.poison_huge(space, uffd, *page, fault)
             }
             TryRead::WouldBlock if is_worker => self.refuse_worker(space, uffd, fault),
-            TryRead::WouldBlock => self.hand_huge_to_worker(space, area, fault, pages),
+            // A failure is tried again, and told of.
+            TryRead::WouldBlock | TryRead::Failed(_) => self.hand_huge_to_worker(area, fault, pages),
         }
     }
 
-    fn hand_huge_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
+    fn hand_huge_to_worker(&mut self, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
         let Target { vmap, list, page, generation, .. } = &area.target;
-        let Some(buffer) = self.huge.of(*page).and_then(|memory| memory.buffers.pop()) else { return Answer::Later };
-        let claim = Claim { vmap: vmap.id, pages: pages.clone(), fault: *fault };
-        let order = ReadOrder {
-            space: space.id,
+        let unit = list.read_unit(pages.start);
+        let wanted = Wanted {
             vmap: vmap.id,
             generation: *generation,
+            run: pages.clone(),
             pages,
-            addr: fault.addr,
-            since: fault.since,
             huge: Some(*page),
-            buffer,
+            medium: unit.map_or(0, |unit| unit.medium),
+            is_quick: false,
+            is_unit: true,
+            alone: true,
+            policy: vmap.failure_policy,
+            since: fault.since,
         };
-        match self.jobs.try_send(ReadJob { list: list.clone(), order }) {
-            Ok(()) => {
-                add(&self.shared.counters.worker_reads, 1);
-                add(&vmap.counters.worker_reads, 1);
-                // As many places as buffers were reserved.
-                let _ = self.claims.try_push(claim);
-                Answer::Handed
-            }
-            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
-                // The area holds the list too.
-                self.huge.give_back(job.order);
-                Answer::Later
-            }
-        }
-    }
-
-    /// Installs what a worker has composed; answers with the fault that it was composed for.
-    pub(super) fn finish_huge_read(
-        &mut self,
-        space: &Space,
-        order: ReadOrder,
-        outcome: std::result::Result<(), Errno>,
-    ) -> (Fault, Answer) {
-        let starved = self.starved_before(&order);
-        let fault = Fault { retries: RETRIES_BEFORE_ASIDE, starved, ..order.fault() };
-        let installed = self.install_huge_read(space, &order, &fault, outcome);
-        self.discard(order);
-        // `None` when the list was exchanged or the area moved while it was read: as if it had just faulted.
-        let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
-        (fault, answer)
-    }
-
-    fn install_huge_read(
-        &mut self,
-        space: &Space,
-        order: &ReadOrder,
-        fault: &Fault,
-        outcome: std::result::Result<(), Errno>,
-    ) -> Option<Answer> {
-        let uffd = space.uffd.as_ref()?;
-        let area = space.table.find(fault.addr)?;
-        let target = &area.target;
-        let pgoff = area.pgoff_of(fault.addr);
-        if target.vmap.id != order.vmap || target.generation != order.generation || pgoff != order.pages.start {
-            return None;
-        }
-        if outcome.is_err() {
-            self.count_failed(area);
-            return Some(self.poison_huge(space, uffd, target.page, fault));
-        }
-        Some(self.install_huge(space, uffd, area, fault, Source::ReadByWorker(order.buffer.0.as_ptr())))
+        self.ask(&area.target, wanted, Waiter::Fault(*fault)).unwrap_or(Answer::Later)
     }
 
     /// Installs the huge page of a fault.
@@ -276,7 +232,7 @@ impl Resolver {
     ) -> Answer {
         let page = area.target.page;
         let src = match source {
-            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => src,
+            Source::Memory(src) | Source::Read(src) => src,
             Source::Zeros | Source::Held => match self.huge.of(page) {
                 Some(memory) => memory.zeros.as_ptr(),
                 None => return self.poison_huge(space, uffd, page, fault),
@@ -295,10 +251,10 @@ impl Resolver {
                 self.count_installed(space, area, &source, install);
                 add(&self.shared.counters.pages_aside, page.base_pages());
                 add(&area.target.vmap.counters.pages_aside, page.base_pages());
-                return self.wake_huge(uffd, page, fault);
+                return self.wake_page(uffd, page, fault);
             }
             if install.stop == Some(Stop::Present) && window.holds(area.pgoff_of(fault.addr)) {
-                return self.wake_huge(uffd, page, fault);
+                return self.wake_page(uffd, page, fault);
             }
         }
         self.count_installed(space, area, &source, install);
@@ -329,7 +285,7 @@ impl Resolver {
             Some(Stop::Changing | Stop::NoMemory) => Answer::Later,
             Some(Stop::Gone) => Answer::Gone,
             // Present, unmapped, or past the end of the object: the retried touch finds out by itself.
-            Some(_) => self.wake_huge(uffd, page, fault),
+            Some(_) => self.wake_page(uffd, page, fault),
         }
     }
 
@@ -339,16 +295,7 @@ impl Resolver {
             Resident::Mapped => Answer::Done,
             Resident::No | Resident::Later => Answer::Later,
             Resident::Gone => Answer::Gone,
-            Resident::Unclear => self.wake_huge(uffd, page, fault),
-        }
-    }
-
-    /// Wakes every thread that waits for a huge page.
-    fn wake_huge(&self, uffd: &Userfault, page: PageSize, fault: &Fault) -> Answer {
-        add(&self.shared.counters.wakes, 1);
-        match uffd.wake(fault.addr, page.bytes()) {
-            Err(Errno::EAGAIN) => Answer::Later,
-            _ => Answer::Done,
+            Resident::Unclear => self.wake_page(uffd, page, fault),
         }
     }
 }

@@ -17,12 +17,13 @@ use nix::sys::socket::{Shutdown, shutdown};
 use super::bell::EpollFd;
 use super::call::Ticket;
 use super::children::{fork_space, inherited_areas};
-use super::command::{Changing, Command, NotCut, Post, Stray};
+use super::command::{Changing, Command, Failed, NotCut, Post, Stray};
 use super::handles::{Inbox, Request};
 use super::insert::{Inserted, NewArea, insert};
 use super::shared::EngineShared;
 use super::strays::{Finding, find};
 use super::threads;
+use super::workers::Pool;
 use crate::fork::records::write_records;
 use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
 use crate::page::{is_aligned, page_size};
@@ -69,6 +70,7 @@ pub(crate) struct Keeper {
     shared: Arc<EngineShared>,
     inbox: Inbox,
     notices: Sender<Notice>,
+    pool: Pool,
     epoll: Private<EpollFd>,
     peers: HashMap<SpaceId, Peer>,
     /// Attaches of children that wait for a callback.
@@ -91,7 +93,7 @@ fn pidfd_token(space: SpaceId) -> u64 {
 }
 
 impl Keeper {
-    pub(crate) fn new(shared: Arc<EngineShared>, inbox: Inbox, notices: Sender<Notice>) -> Result<Keeper> {
+    pub(crate) fn new(shared: Arc<EngineShared>, inbox: Inbox, notices: Sender<Notice>, pool: Pool) -> Result<Keeper> {
         let epoll = EpollFd::open().map_err(Error::sys("epoll_create1 for the keeper"))?;
         epoll
             .0
@@ -101,6 +103,7 @@ impl Keeper {
             shared,
             inbox,
             notices,
+            pool,
             epoll,
             peers: HashMap::new(),
             deferred: Vec::new(),
@@ -109,6 +112,11 @@ impl Keeper {
             settling: Vec::new(),
             ended: false,
         })
+    }
+
+    /// What starts workers.
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Keeps until the fault-handling thread has ended.
@@ -183,10 +191,42 @@ impl Keeper {
                 Post::Gone(space) => self.look_after(space),
                 Post::Stray(stray) => self.look_up(stray),
                 // If something is, the thread asks again when it is told of an unmap.
+                Post::Failed(failed) => self.note_failed(failed),
+                Post::Worker => {
+                    if let Err(_error) = self.pool.start(&self.shared) {
+                        tell!(
+                            WARN,
+                            "kiomap::source",
+                            "no more workers",
+                            engine = self.shared.id,
+                            why = _error.to_string()
+                        );
+                    }
+                }
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
                 Post::HandlerEnded => self.ended = true,
             }
+        }
+    }
+
+    /// Notes that pages could not be read, and has it reported.
+    fn note_failed(&self, Failed { vmap, pages, why, tries }: Failed) {
+        vmap.failures.note(pages.clone());
+        tell!(
+            WARN,
+            "kiomap::source",
+            "given up",
+            engine = self.shared.id,
+            vmap = vmap.id,
+            page = pages.start,
+            nr_pages = pages.end - pages.start,
+            tries = tries,
+            why = format!("{why:?}")
+        );
+        match vmap.failures.report(pages, &why, tries) {
+            Some(report) => drop(self.notices.send(Notice::Failed(vmap, report))),
+            None => drop(threads::contain(&self.shared, || drop(vmap))),
         }
     }
 
@@ -275,7 +315,7 @@ impl Keeper {
             match request {
                 Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
                 Request::RetryDeferred => self.retry_deferred(),
-                list @ Request::Drop { .. } => drop(threads::contain(&self.shared, || drop(list))),
+                subject @ Request::Drop { .. } => drop(threads::contain(&self.shared, || drop(subject))),
                 Request::Settle { reply } => self.settling.push(reply),
                 Request::DropPeers { reply } => {
                     let spaces: Vec<_> = self.peers.keys().copied().collect();

@@ -3,28 +3,25 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
-use crossbeam_channel::{Sender, TrySendError};
 use memmap2::MmapMut;
 use nix::errno::Errno;
 
-use super::around::{FaultAround, clip};
-use super::command::{ReadBuffer, ReadJob, ReadOrder};
+use super::around::FaultAround;
 use super::fault::Fault;
 use super::huge::HugeSizes;
 use super::plan::{Plan, plan};
 use super::shared::EngineShared;
-use super::workers::WorkerIds;
+use super::slow::Slow;
 use crate::fork::masks;
-use crate::kiobuf::TryRead;
 use crate::page::page_size;
 use crate::process::mask::{Masked, give_up, mask, mask_while_changing};
-use crate::space::mmap_vec::MmapVec;
 use crate::space::table::Area;
 use crate::space::{OWN_SPACE, Space, Target};
 use crate::stats::{Answered, EngineCounters, VmapCounters, add};
 use crate::sys::{Install, Stop, Userfault};
+use crate::vmap::page_size::PageSize;
 
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
 const OUT_OF_MEMORY_RETRIES: u32 = 256;
@@ -41,7 +38,7 @@ const UNMAPPED_RETRIES: u32 = 16;
 pub(crate) enum Answer {
     /// The thread is awake.
     Done,
-    /// A worker reads its page.
+    /// A worker reads its page, or will.
     Handed,
     /// To be tried again soon.
     Later,
@@ -55,40 +52,19 @@ pub(crate) enum Answer {
     Unmapped,
 }
 
-/// A read that is under way: neighbours of its pages needn't be read again.
-pub(super) struct Claim {
-    pub(super) vmap: u64,
-    pub(super) pages: Range<u64>,
-    /// The fault that it is for.
-    pub(super) fault: Fault,
-}
-
 /// Answers faults. Holds what that takes, made beforehand.
 pub(crate) struct Resolver {
     pub(super) shared: Arc<EngineShared>,
     /// Where pages are composed that can be read at once.
-    bounce: MmapMut,
-    pub(super) buffers: MmapVec<ReadBuffer>,
-    pub(super) claims: MmapVec<Claim>,
-    pub(super) jobs: Sender<ReadJob>,
-    workers: WorkerIds,
+    pub(super) bounce: MmapMut,
+    pub(super) slow: Slow,
     fault_around: FaultAround,
     pub(super) huge: HugeSizes,
 }
 
 impl Resolver {
-    pub(crate) fn new(
-        shared: Arc<EngineShared>,
-        bounce: MmapMut,
-        buffers: MmapVec<ReadBuffer>,
-        jobs: Sender<ReadJob>,
-        workers: WorkerIds,
-        fault_around: FaultAround,
-        read_buffers: usize,
-    ) -> Result<Resolver, Errno> {
-        let mut claims = MmapVec::new();
-        claims.try_reserve(read_buffers)?;
-        Ok(Resolver { shared, bounce, buffers, claims, jobs, workers, fault_around, huge: HugeSizes::default() })
+    pub(crate) fn new(shared: Arc<EngineShared>, bounce: MmapMut, slow: Slow, fault_around: FaultAround) -> Resolver {
+        Resolver { shared, bounce, slow, fault_around, huge: HugeSizes::default() }
     }
 
     /// Answers one fault.
@@ -107,6 +83,9 @@ impl Resolver {
             }
             return Answer::Stray;
         };
+        if fault.failed == Some(area.target.generation) {
+            return self.poison(space, uffd, fault);
+        }
         if area.target.page.is_huge() {
             return self.resolve_huge(space, uffd, area, fault);
         }
@@ -139,64 +118,10 @@ impl Resolver {
         }
     }
 
-    /// Reads some pages of `run` at once if that can't block, else lets a worker do it.
-    fn read(
-        &mut self,
-        space: &Space,
-        uffd: &Userfault,
-        area: &Area<Target>,
-        fault: &Fault,
-        run: Range<u64>,
-        around: FaultAround,
-    ) -> Answer {
-        let pgoff = area.pgoff_of(fault.addr);
-        let vmap = area.target.vmap.id;
-        if self.claims.iter().any(|claim| claim.vmap == vmap && claim.pages.contains(&pgoff)) {
-            // Being read. When it is installed, this thread is woken or finds the page present.
-            return if self.is_worker(fault) { self.refuse_worker(space, uffd, fault) } else { Answer::Later };
-        }
-        // Installed meanwhile, perhaps in another space: then only this mapping of it is missing.
-        if fault.retries > 0 {
-            match self.map_resident(uffd, fault.addr) {
-                // Not to be told while the address space is changing: it is read again and, if it is there, found so.
-                Some(Answer::Later) if fault.retries >= RETRIES_BEFORE_ASIDE => {}
-                Some(answer) => return answer,
-                None => {}
-            }
-        }
-        let window = around.window(area, &run, pgoff, true);
-        let bytes = (window.end - window.start) as usize * page_size();
-        match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
-            TryRead::Done => {
-                let source = Source::Read(self.bounce.as_ptr());
-                self.install(space, uffd, area, fault, window, source)
-            }
-            // A neighbour's failure is not this page's.
-            TryRead::Failed(_) if window.end - window.start > 1 => {
-                self.read(space, uffd, area, fault, run, FaultAround::Fixed(1))
-            }
-            TryRead::Failed(_) => {
-                self.count_failed(area);
-                self.poison(space, uffd, fault)
-            }
-            TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
-            TryRead::WouldBlock => match self.brought_for_another(uffd, fault) {
-                Some(answer) => answer,
-                None => self.hand_to_worker(space, area, fault, window),
-            },
-        }
-    }
-
-    /// Maps a page that was not there when its thread touched, and has been brought for another space before its fault was
-    /// read; `None` if it has not. A fault that was put off was asked about already.
-    fn brought_for_another(&self, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
-        if fault.retries > 0 { None } else { self.map_resident(uffd, fault.addr) }
-    }
-
     /// Tells whether the thread that faulted is one of the workers. Another process's thread ids may be of another
     /// namespace.
     pub(crate) fn is_worker(&self, fault: &Fault) -> bool {
-        fault.space == OWN_SPACE && self.workers.iter().any(|id| id.load(Ordering::Relaxed) == fault.tid)
+        fault.space == OWN_SPACE && self.slow.roll.has(fault.tid)
     }
 
     /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
@@ -205,108 +130,8 @@ impl Resolver {
         self.poison(space, uffd, fault)
     }
 
-    fn hand_to_worker(&mut self, space: &Space, area: &Area<Target>, fault: &Fault, pages: Range<u64>) -> Answer {
-        let Some(buffer) = self.buffers.pop() else { return Answer::Later };
-        let target = &area.target;
-        let claim = Claim { vmap: target.vmap.id, pages: pages.clone(), fault: *fault };
-        let order = ReadOrder {
-            space: space.id,
-            vmap: target.vmap.id,
-            generation: target.generation,
-            pages,
-            addr: fault.addr,
-            since: fault.since,
-            huge: None,
-            buffer,
-        };
-        match self.jobs.try_send(ReadJob { list: target.list.clone(), order }) {
-            Ok(()) => {
-                add(&self.shared.counters.worker_reads, 1);
-                add(&target.vmap.counters.worker_reads, 1);
-                // As many places as buffers were reserved.
-                let _ = self.claims.try_push(claim);
-                Answer::Handed
-            }
-            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
-                // The buffer came from there: its place is free. The area holds the list too.
-                let _ = self.buffers.try_push(job.order.buffer);
-                Answer::Later
-            }
-        }
-    }
-
-    /// Takes out the fault of a read that is under way, which is then nobody's to answer but the caller's.
-    pub(crate) fn abandon_read(&mut self) -> Option<Fault> {
-        self.claims.pop().map(|claim| claim.fault)
-    }
-
-    /// Installs what a worker has read; answers with the fault that it was read for.
-    pub(crate) fn finish_read(
-        &mut self,
-        space: &Space,
-        order: ReadOrder,
-        outcome: Result<(), Errno>,
-    ) -> (Fault, Answer) {
-        if order.huge.is_some() {
-            return self.finish_huge_read(space, order, outcome);
-        }
-        // A neighbour's failure is not this page's: read it alone then.
-        let alone = outcome.is_err() && order.pages.end - order.pages.start > 1;
-        let starved = self.starved_before(&order);
-        // What was read once is not read again because the address space is changing.
-        let fault = Fault { alone, retries: RETRIES_BEFORE_ASIDE, starved, ..order.fault() };
-        let installed = if alone { None } else { self.install_read(space, &order, &fault, outcome) };
-        self.discard(order);
-        // `None` too when the list was exchanged or the area moved while it was read: as if it had just faulted.
-        let answer = installed.unwrap_or_else(|| self.resolve(space, &fault));
-        (fault, answer)
-    }
-
-    /// How often there was no memory for the fault of an order: it counts on, or its page would be read for ever.
-    pub(super) fn starved_before(&self, order: &ReadOrder) -> u32 {
-        let claim = self.claims.iter().find(|claim| claim.vmap == order.vmap && claim.pages == order.pages);
-        claim.map_or(0, |claim| claim.fault.starved)
-    }
-
-    /// Installs a worker's pages if they still belong where the fault was; `None` if they don't.
-    fn install_read(
-        &mut self,
-        space: &Space,
-        order: &ReadOrder,
-        fault: &Fault,
-        outcome: Result<(), Errno>,
-    ) -> Option<Answer> {
-        let uffd = space.uffd.as_ref()?;
-        let area = space.table.find(fault.addr)?;
-        let pgoff = area.pgoff_of(fault.addr);
-        let target = &area.target;
-        if target.vmap.id != order.vmap || target.generation != order.generation || !order.pages.contains(&pgoff) {
-            return None;
-        }
-        if outcome.is_err() {
-            self.count_failed(area);
-            return Some(self.poison(space, uffd, fault));
-        }
-        // The area may have been trimmed meanwhile.
-        let window = clip(area, &order.pages);
-        let skipped = (window.start - order.pages.start) as usize * page_size();
-        let source = Source::ReadByWorker(order.buffer.0[skipped..].as_ptr());
-        Some(self.install(space, uffd, area, fault, window, source))
-    }
-
-    /// Takes an order's buffer and claim back.
-    pub(crate) fn discard(&mut self, order: ReadOrder) {
-        if let Some(index) = self.claims.iter().position(|c| c.vmap == order.vmap && c.pages == order.pages) {
-            self.claims.swap_remove(index);
-        }
-        if order.huge.is_some() {
-            return self.huge.give_back(order);
-        }
-        let _ = self.buffers.try_push(order.buffer);
-    }
-
     /// Installs the pages of `window`, which the fault's page is one of; present neighbours are passed over.
-    fn install(
+    pub(super) fn install(
         &mut self,
         space: &Space,
         uffd: &Userfault,
@@ -385,9 +210,7 @@ impl Resolver {
         }
         let install = match source {
             // SAFETY: as in `Source::install`: the list or the buffer holds the page at `src`.
-            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe {
-                window.copy(pgoff, src, page_size())
-            },
+            Source::Memory(src) | Source::Read(src) => unsafe { window.copy(pgoff, src, page_size()) },
             Source::Zeros | Source::Held => window.zeropage(pgoff, page_size()),
         };
         self.count_installed(space, area, &source, install);
@@ -451,7 +274,7 @@ impl Resolver {
     ///
     /// Asked by trying: lseek(SEEK_DATA) would take the object's lock, which a write(2) to it holds while it waits for
     /// this very thread to bring the bytes to be written.
-    fn map_resident(&self, uffd: &Userfault, addr: usize) -> Option<Answer> {
+    pub(super) fn map_resident(&self, uffd: &Userfault, addr: usize) -> Option<Answer> {
         match uffd.r#continue(addr, page_size()).stop {
             None => Some(Answer::Done),
             // The latter: it can't be read back, or the memory is broken.
@@ -574,8 +397,17 @@ impl Resolver {
 
     /// Wakes the thread that waits for a page; it touches again.
     pub(crate) fn wake(&self, uffd: &Userfault, addr: usize) -> Answer {
+        self.wake_range(uffd, addr, page_size())
+    }
+
+    /// The same for a page of any size.
+    pub(super) fn wake_page(&self, uffd: &Userfault, page: PageSize, fault: &Fault) -> Answer {
+        self.wake_range(uffd, page.floor(fault.addr), page.bytes())
+    }
+
+    fn wake_range(&self, uffd: &Userfault, addr: usize, len: usize) -> Answer {
         add(&self.shared.counters.wakes, 1);
-        match uffd.wake(addr, page_size()) {
+        match uffd.wake(addr, len) {
             Err(Errno::EAGAIN) => Answer::Later,
             _ => Answer::Done,
         }
@@ -589,8 +421,6 @@ pub(crate) enum Source {
     Memory(*const u8),
     /// From the bounce buffer.
     Read(*const u8),
-    /// From a worker's buffer.
-    ReadByWorker(*const u8),
     Zeros,
     /// The backing object holds them.
     Held,
@@ -602,7 +432,6 @@ impl Source {
         match self {
             Source::Memory(src) => Source::Memory(src.wrapping_add(bytes)),
             Source::Read(src) => Source::Read(src.wrapping_add(bytes)),
-            Source::ReadByWorker(src) => Source::ReadByWorker(src.wrapping_add(bytes)),
             Source::Zeros | Source::Held => self,
         }
     }
@@ -632,7 +461,6 @@ impl Source {
             Source::Held => ([&all.pages_continued, &own.pages_continued], &[]),
             Source::Memory(_) => (copied, &[]),
             Source::Read(_) => (copied, &[&all.pages_read, &own.pages_read]),
-            Source::ReadByWorker(_) => (copied, &[&all.pages_read_by_workers, &own.pages_read_by_workers]),
         };
         // Plain loops: a signal handler has little stack.
         for counter in kind {
@@ -649,7 +477,7 @@ impl Source {
             // SAFETY: the window was clipped to pages that the list or the buffer holds from `src` on, and `dst` to
             // an area of this engine, in which no thread holds a reference to a page that is missing. If the source
             // has vanished nevertheless, the kernel answers EFAULT.
-            Source::Memory(src) | Source::Read(src) | Source::ReadByWorker(src) => unsafe { uffd.copy(dst, src, len) },
+            Source::Memory(src) | Source::Read(src) => unsafe { uffd.copy(dst, src, len) },
             Source::Zeros => uffd.zeropage(dst, len),
             Source::Held => uffd.r#continue(dst, len),
         }

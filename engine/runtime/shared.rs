@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use crossbeam_channel::Sender;
 
 use super::around::FaultAround;
-use super::handles::{HandlerHandle, KeeperHandle};
+use super::command::Command;
+use super::handles::{HandlerHandle, KeeperHandle, Request};
 use super::jobs::Jobs;
 use crate::fork::link::Local;
 use crate::process::gate;
@@ -17,6 +18,7 @@ use crate::stats::{Counters, SpaceCounters};
 use crate::sys::{Features, OpenWay, Opener};
 use crate::vmap::core::Notice;
 use crate::vmap::registry::Registry;
+use crate::{Error, Result};
 
 /// What an engine's threads and handles share. In a forked child it is a copy in which only `local`, `opener`,
 /// `vmaps` and the plain values mean anything: the threads stayed in the parent.
@@ -75,6 +77,15 @@ impl EngineShared {
     /// Tells whether an attach is under way.
     pub(crate) fn is_attaching(&self) -> bool {
         self.attaching.load(Ordering::SeqCst) > 0
+    }
+
+    /// Waits until everything that has happened by now is counted. Not on the keeper.
+    pub(crate) fn settle(&self) -> Result<()> {
+        while !self.handler.ask(|reply| Command::Barrier { reply })? {
+            // The keeper makes room for the posts that found none.
+            std::thread::yield_now();
+        }
+        super::call::call(|reply| self.keeper.send(Request::Settle { reply })).ok_or(Error::Shutdown)
     }
 
     /// How this process reaches the engine.

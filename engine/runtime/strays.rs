@@ -283,6 +283,7 @@ mod tests {
             retries: 0,
             starved: 0,
             alone: false,
+            failed: None,
         }
     }
 

@@ -14,6 +14,8 @@ mod part;
 pub(crate) mod reader;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
+/// The largest [granule](PageSource::granule_bytes) that a page source may have.
+pub const GRANULE_MAX_BYTES: usize = 4 << 20;
 
 /// Makes the bytes of a page list on demand, when they are first touched.
 ///
@@ -38,13 +40,14 @@ pub trait PageSource: Send + Sync + 'static {
 
     /// Returns how many bytes are best read at once, from a multiple of them on: a compressed frame, a part of an object.
     ///
-    /// A power of two that is at least the page size; a page unless overridden. Reads for a touch are widened to it.
+    /// A power of two from the page size to [`GRANULE_MAX_BYTES`]; a page unless overridden. Reads for a touch are widened
+    /// to it, as far as the list goes: all pages of a granule then come with one read.
     fn granule_bytes(&self) -> usize {
         page_size()
     }
 
-    /// Tells whether a read may wait for something: a disk, a network, a lock that is held for long. Reads that don't are
-    /// not made to queue behind reads that do.
+    /// Tells whether a read may wait for something: a disk, a network, a lock that is held for long. Reads of sources that
+    /// don't are not made to queue behind reads of those that do.
     fn may_block(&self) -> bool {
         true
     }

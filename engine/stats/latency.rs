@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Duration;
 
+use nix::sys::time::TimeSpec;
+
 use super::shards::{Sharded, add};
 use crate::sys::clock;
 
@@ -30,6 +32,16 @@ impl Moment {
     /// The same in microseconds.
     pub(crate) fn as_us(self) -> u64 {
         self.0 / 1000
+    }
+
+    /// That much later.
+    pub(crate) fn after(self, pause: Duration) -> Moment {
+        Moment(self.0.saturating_add(u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// The same on the monotonic clock.
+    pub(crate) fn as_timespec(self) -> TimeSpec {
+        TimeSpec::new((self.0 / 1_000_000_000) as i64, (self.0 % 1_000_000_000) as i64)
     }
 
     /// Nanoseconds from `self` to `later`.

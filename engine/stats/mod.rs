@@ -65,8 +65,10 @@ macro_rules! page_counters {
             pages_aside,
             /// Resolutions that found the page present (EEXIST); each was followed by a wake-up.
             already_present,
-            /// Reads that were handed to the worker threads.
+            /// Reads that were handed to the worker threads, further tries included.
             worker_reads,
+            /// Faults whose pages came to be read together with a neighbour's.
+            reads_merged,
             /// Pages that could not be had: a source failed, a file was shorter than its list, memory ran out.
             source_errors,
             $($after)*
@@ -119,6 +121,17 @@ page_counters! {
         adopted,
         /// Faults of a worker thread on a page that only a worker could have read; answered by SIGBUS.
         self_faults,
+        /// Reads that failed and were tried again, or of which the pages that were asked for were read by themselves.
+        reads_failed,
+        /// Reads that were given up because their deadline had passed.
+        reads_expired,
+        /// Reads that were not made any more, because what had asked for them was gone.
+        reads_cancelled,
+        /// Bytes of memory that reads have by now, or that are kept for the next ones
+        /// ([`EngineBuilder::read_buffer_bytes`](crate::EngineBuilder::read_buffer_bytes)).
+        read_buffer_bytes,
+        /// The most that they had at once.
+        read_buffer_bytes_peak,
         /// Panics of page sources and callbacks that were caught.
         panics,
         /// Unmap, remap and remove events that were applied.

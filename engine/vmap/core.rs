@@ -14,6 +14,7 @@ use std::thread::ThreadId;
 use crossbeam_channel::Sender;
 use nix::errno::Errno;
 
+use super::failure::{FailurePolicy, Failures, ReadFailed};
 use super::object::{Object, Owner};
 use super::page_size::PageSize;
 use super::residency::Residency;
@@ -34,6 +35,8 @@ pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
 pub(crate) enum Notice {
     /// The last area of a vmap is gone.
     Deref(Arc<VmapCore>),
+    /// Pages of a vmap could not be read.
+    Failed(Arc<VmapCore>, ReadFailed),
     /// Dropped when every notice before it was attended to.
     Settle(#[expect(dead_code, reason = "its drop is the answer")] Sender<()>),
     /// No area is left and none will come.
@@ -70,6 +73,10 @@ pub(crate) struct VmapCore {
     settled: Condvar,
     /// Held for a moment only.
     contents: Mutex<Contents>,
+    /// Held for reading while a few pages are filled that were read from the list, and for writing while it is exchanged.
+    pub(super) exchange: RwLock<()>,
+    pub(crate) failure_policy: FailurePolicy,
+    pub(crate) failures: Failures,
     /// Held for reading by the owner's own reads and writes, for writing by an exchange of the list.
     pub(crate) in_use: RwLock<()>,
     pub(crate) on_deref: Mutex<DerefSlot>,
@@ -141,6 +148,9 @@ impl VmapCore {
             count: Mutex::default(),
             settled: Condvar::new(),
             contents: Mutex::new(Contents { list, window, generation: 0 }),
+            exchange: RwLock::new(()),
+            failure_policy: FailurePolicy::default(),
+            failures: Failures::default(),
             in_use: RwLock::new(()),
             on_deref: Mutex::new(DerefSlot { callback: on_deref, version: 0 }),
             user_data,
@@ -210,6 +220,11 @@ impl VmapCore {
         }
     }
 
+    /// How often the list was exchanged.
+    pub(super) fn generation(&self) -> u64 {
+        self.lock_contents().generation
+    }
+
     /// Tells whether an address is the window's: nothing else is mapped there.
     pub(crate) fn is_in_window(&self, addr: usize) -> bool {
         self.lock_contents().window.as_ref().is_some_and(|window| window.range().contains(&addr))
@@ -222,6 +237,7 @@ impl VmapCore {
 
     /// Exchanges the list and its window, and returns those before.
     pub(crate) fn set_list(&self, list: Kiobuf, window: Option<Arc<Window>>) -> Contents {
+        let _exchanging = self.exchange.write().unwrap_or_else(PoisonError::into_inner);
         let mut contents = self.lock_contents();
         let generation = contents.generation + 1;
         std::mem::replace(&mut *contents, Contents { list, window, generation })

@@ -2,12 +2,15 @@
 
 mod claim;
 pub(crate) mod core;
+pub(crate) mod failure;
 pub(crate) mod fill;
 mod fill_huge;
+pub(crate) mod fill_read;
 pub(crate) mod object;
 pub(crate) mod page_size;
 pub(crate) mod registry;
 pub(crate) mod residency;
+mod retry;
 pub(crate) mod window;
 
 use std::any::Any;
@@ -36,6 +39,7 @@ use crate::working_set::{Identity, WorkingSet};
 use crate::{Error, Result};
 use claim::Claim;
 use core::{Contents, DerefFn, VmapCore};
+use failure::{FailedFn, FailurePolicy, Failures, ReadFailed};
 use object::{Backing, Object};
 use page_size::PageSize;
 use residency::Residency;
@@ -76,6 +80,8 @@ pub struct VmapBuilder {
     page: PageSize,
     records: bool,
     name: Option<Vec<u8>>,
+    failure_policy: FailurePolicy,
+    on_read_failed: Option<FailedFn>,
 }
 
 impl VmapBuilder {
@@ -92,6 +98,8 @@ impl VmapBuilder {
             page: PageSize::default(),
             records: false,
             name: None,
+            failure_policy: FailurePolicy::default(),
+            on_read_failed: None,
         }
     }
 
@@ -103,6 +111,30 @@ impl VmapBuilder {
     #[must_use]
     pub fn on_deref(mut self, callback: impl FnMut(&Vmap) + Send + 'static) -> Self {
         self.on_deref = Some(with_handle(&self.shared, callback));
+        self
+    }
+
+    /// Sets how often a read that fails is tried again, and how long a touch waits for its page; three tries and 30 seconds unless
+    /// set ([`FailurePolicy`]).
+    ///
+    /// It is for what is read when it is touched: files that are not cached, page sources.
+    #[must_use]
+    pub fn failure_policy(mut self, policy: FailurePolicy) -> Self {
+        self.failure_policy = policy;
+        self
+    }
+
+    /// Sets a callback that hears of pages that could not be read, after the tries are used up or the deadline has passed, when
+    /// touches of them are SIGBUS. [`Vmap::retry`] asks for them again.
+    ///
+    /// It runs on the thread of the deref callbacks, outside every lock, once for each read that was given up, and may do what these
+    /// may. If more than 1024 reports wait for it, further ones are only counted ([`ReadFailed::unreported`]).
+    #[must_use]
+    pub fn on_read_failed(mut self, mut callback: impl FnMut(&Vmap, ReadFailed) + Send + 'static) -> Self {
+        let shared = Arc::clone(&self.shared);
+        self.on_read_failed = Some(Box::new(move |core, report| {
+            callback(&Vmap { core: Arc::clone(core), shared: Arc::clone(&shared) }, report);
+        }));
         self
     }
 
@@ -207,7 +239,7 @@ impl VmapBuilder {
     /// that size; [`Error::Misaligned`] for a hole that is not whole huge pages; [`Error::Unsupported`] without the feature
     /// POISON; [`Error::Invalid`] with [`Backing::Shared`].
     ///
-    /// [`Error::Invalid`] when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
+    /// [`Error::Invalid`] for a deadline or a pause of the failure policy that is out of range, and when the pages must be shared ([`Backing::Shared`]) and can't be: it names what stands in the
     /// way; the same with [`VmapBuilder::minor_faults`], which [`Backing::Copied`] and
     /// [`Delivery::InThread`](crate::Delivery::InThread) stand in the way of too;
     /// [`Error::NotOwner`] in a forked child; [`Error::Shutdown`] after a shutdown; [`Error::SourceInRegion`] when
@@ -227,8 +259,11 @@ impl VmapBuilder {
             page,
             records,
             name,
+            failure_policy,
+            on_read_failed,
         } = self;
         owner_only(&shared, "publishing a vmap")?;
+        failure_policy.validate()?;
         let backing = if minor_faults { backing_of_minor_faults(&shared, backing)? } else { backing };
         refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
@@ -278,6 +313,8 @@ impl VmapBuilder {
         (core.recorder, core.identity) = (recorder, identity);
         core.residency = residency;
         core.minor_faults = minor_faults;
+        core.failure_policy = failure_policy;
+        core.failures = Failures::new(on_read_failed);
         // After the pool was asked: of the largest pages, it is much memory.
         crate::runtime::huge::provide(&shared, page)?;
         let core = Arc::new(core);

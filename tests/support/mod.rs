@@ -3,10 +3,12 @@
 
 pub(crate) mod calls;
 pub(crate) mod contents;
+pub(crate) mod faulty;
 pub(crate) mod pool;
 pub(crate) mod populating;
 pub(crate) mod raw;
 pub(crate) mod scene;
+pub(crate) mod slow;
 pub(crate) mod touch;
 pub(crate) mod truth;
 #[cfg(feature = "object-store")]

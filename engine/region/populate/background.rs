@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::replay::whole_units;
 use super::{Piece, PopulateOptions, PopulateProgress, Task};
 use crate::page::page_size;
 use crate::runtime::background;
@@ -161,9 +162,11 @@ impl Course {
             let Some(piece) = self.go_on(seen)? else { break };
             let core = &self.task.core;
             let first = piece.pgoff_of(self.task.at);
-            // A hole takes no time. No huge page is brought by two.
-            let hole = nothing_until(&core.contents().list, core.page(), first);
-            let pages = hole.map_or(left, |end| end - first);
+            // A hole takes no time. No huge page, and nothing that is read as a whole, is brought by two.
+            let list = core.contents().list;
+            let hole = nothing_until(&list, core.page(), first);
+            let pages = hole
+                .map_or_else(|| whole_units(&list, first..first.saturating_add(left)).end - first, |end| end - first);
             let end = core.page().whole(first.saturating_add(pages)).unwrap_or(u64::MAX);
             let bytes = usize::try_from(end - first).ok().and_then(|pages| pages.checked_mul(page_size()));
             let end = bytes.and_then(|bytes| self.task.at.checked_add(bytes)).unwrap_or(usize::MAX);

@@ -1,0 +1,365 @@
+//! Pages that have to be read: at once where that can't wait, else by a worker, for whoever waits by then.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crossbeam_channel::{Sender, TrySendError};
+use nix::errno::Errno;
+
+use super::around::FaultAround;
+use super::buffers::Buffers;
+use super::command::{Lent, ReadDone, ReadJob};
+use super::fault::Fault;
+use super::reads::{Asked, Ended, How, Limits, Outcome, Reads, Subject, Waiter, Wanted};
+use super::resolve::{Answer, RETRIES_BEFORE_ASIDE, Resolver, Source};
+use super::workers::{Roll, THREADS_MAX};
+use crate::kiobuf::{ReadUnit, TryRead};
+use crate::page::page_size;
+use crate::source::GRANULE_MAX_BYTES;
+use crate::space::table::Area;
+use crate::space::{Space, Target};
+use crate::stats::add;
+use crate::stats::latency::Moment;
+use crate::sys::{Stop, Userfault};
+use crate::vmap::failure::Why;
+use crate::vmap::page_size::PageSize;
+
+/// How long buffers are kept for the next reads.
+const BUFFERS_KEPT: std::time::Duration = std::time::Duration::from_millis(200);
+/// When a read is tried for which the kernel had no memory.
+const STARVED_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// What the resolver keeps for reads by workers.
+pub(crate) struct Slow {
+    pub(super) reads: Reads,
+    buffers: Buffers,
+    jobs: Sender<ReadJob>,
+    pub(super) roll: Arc<Roll>,
+    limits: Limits,
+    /// Workers that were asked for.
+    called: usize,
+}
+
+/// What became of the next read.
+pub(crate) enum Next {
+    /// A worker is at it.
+    Made,
+    /// Nothing can be read now.
+    Nothing,
+    /// All workers are busy, and one more should be started.
+    NoWorker,
+    /// It is out of date.
+    Over(Ended),
+}
+
+impl Slow {
+    /// `started` workers run, or will.
+    pub(crate) fn new(
+        jobs: Sender<ReadJob>,
+        roll: Arc<Roll>,
+        limits: Limits,
+        buffer_bytes: usize,
+        started: usize,
+    ) -> Slow {
+        Slow { reads: Reads::new(), buffers: Buffers::new(buffer_bytes), jobs, roll, limits, called: started }
+    }
+
+    fn take_back(&mut self, lent: Lent) {
+        self.buffers.take_back(lent.buffer, lent.is_quick);
+        if self.reads.nr_made() <= 1 && self.buffers.is_ample() {
+            self.reads.wake_at(Moment::now().after(BUFFERS_KEPT));
+        }
+    }
+}
+
+impl Resolver {
+    /// Reads some pages of `run` at once if that can't block, else lets a worker do it.
+    pub(super) fn read(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        run: Range<u64>,
+        around: FaultAround,
+    ) -> Answer {
+        let pgoff = area.pgoff_of(fault.addr);
+        if let Some(answer) = self.join_read(space, uffd, area, fault, pgoff) {
+            return answer;
+        }
+        // Installed meanwhile, perhaps in another space: then only this mapping of it is missing.
+        if fault.retries > 0 {
+            match self.map_resident(uffd, fault.addr) {
+                // Not to be told while the address space is changing: it is read again and, if it is there, found so.
+                Some(Answer::Later) if fault.retries >= RETRIES_BEFORE_ASIDE => {}
+                Some(answer) => return answer,
+                None => {}
+            }
+        }
+        let window = around.window(area, &run, pgoff, true);
+        let bytes = (window.end - window.start) as usize * page_size();
+        match area.target.list.try_read_pages(window.start, &mut self.bounce[..bytes]) {
+            TryRead::Done => {
+                let source = Source::Read(self.bounce.as_ptr());
+                self.install(space, uffd, area, fault, window, source)
+            }
+            // A neighbour's failure is not this page's.
+            TryRead::Failed(_) if window.end - window.start > 1 => {
+                self.read(space, uffd, area, fault, run, FaultAround::Fixed(1))
+            }
+            TryRead::Failed(_) if self.is_worker(fault) => {
+                self.count_failed(area);
+                self.poison(space, uffd, fault)
+            }
+            TryRead::WouldBlock if self.is_worker(fault) => self.refuse_worker(space, uffd, fault),
+            // A failure is tried again, and told of.
+            TryRead::WouldBlock | TryRead::Failed(_) => match self.brought_for_another(uffd, fault) {
+                Some(answer) => answer,
+                None => self.hand_to_worker(area, fault, window),
+            },
+        }
+    }
+
+    /// Has a fault wait for the read that brings its page; `None` if there is none.
+    pub(super) fn join_read(
+        &mut self,
+        space: &Space,
+        uffd: &Userfault,
+        area: &Area<Target>,
+        fault: &Fault,
+        pgoff: u64,
+    ) -> Option<Answer> {
+        let Target { vmap, generation, .. } = &area.target;
+        let id = self.slow.reads.covering(vmap.id, *generation, pgoff)?;
+        if self.is_worker(fault) {
+            return Some(self.refuse_worker(space, uffd, fault));
+        }
+        Some(match self.slow.reads.join(id, Waiter::Fault(*fault)) {
+            Ok(()) => Answer::Handed,
+            Err(_) => Answer::Later,
+        })
+    }
+
+    /// Maps a page that was not there when its thread touched, and has been brought for another space before its fault was
+    /// read; `None` if it has not. A fault that was put off was asked about already.
+    fn brought_for_another(&self, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
+        if fault.retries > 0 { None } else { self.map_resident(uffd, fault.addr) }
+    }
+
+    fn hand_to_worker(&mut self, area: &Area<Target>, fault: &Fault, window: Range<u64>) -> Answer {
+        let pgoff = area.pgoff_of(fault.addr);
+        let Some(wanted) = self.wanted(&area.target, window, pgoff, fault) else { return Answer::Later };
+        self.ask(&area.target, wanted, Waiter::Fault(*fault)).unwrap_or(Answer::Later)
+    }
+
+    /// Widens a window around a page to what is best read at once, and leaves out what others read.
+    fn wanted(&self, target: &Target, window: Range<u64>, pgoff: u64, fault: &Fault) -> Option<Wanted> {
+        let unit_of = |pgoff| target.list.read_unit(pgoff);
+        let ReadUnit { pages: unit, run, medium, is_quick } = unit_of(pgoff)?;
+        let widened = unit_of(window.start)?.pages.start..unit_of(window.end - 1)?.pages.end;
+        let most = (GRANULE_MAX_BYTES / page_size()) as u64;
+        let widened = if widened.end - widened.start > most { unit.clone() } else { widened };
+        // While a vmap grows its object does not hold all pages of the list yet.
+        let held = target.vmap.nr_pages().max(pgoff + 1);
+        let widened = widened.start..widened.end.min(held);
+        let pages = self.slow.reads.gap(target.vmap.id, target.generation, widened, pgoff);
+        let is_unit = unit.start <= pages.start && pages.end <= unit.end;
+        Some(Wanted {
+            vmap: target.vmap.id,
+            generation: target.generation,
+            pages,
+            run,
+            huge: None,
+            medium,
+            is_quick,
+            is_unit,
+            alone: fault.alone,
+            policy: target.vmap.failure_policy,
+            since: fault.since,
+        })
+    }
+
+    /// Asks for a read that nobody has asked for.
+    pub(super) fn ask(&mut self, target: &Target, wanted: Wanted, waiter: Waiter) -> Option<Answer> {
+        if self.slow.reads.ask(wanted, waiter).ok()? == Asked::Merged {
+            add(&self.shared.counters.reads_merged, 1);
+            add(&target.vmap.counters.reads_merged, 1);
+        }
+        Some(Answer::Handed)
+    }
+
+    /// Reads pages for a thread that asks for them.
+    pub(crate) fn ask_for(
+        &mut self,
+        subject: Subject,
+        generation: u64,
+        pages: Range<u64>,
+        reply: super::call::Ticket<Result<(), Why>>,
+    ) {
+        let Some(ReadUnit { pages: unit, run, medium, is_quick }) = subject.list.read_unit(pages.start) else {
+            return reply.answer(Err(Why::new(crate::vmap::failure::FailureCause::Error(Errno::EFAULT), "no page")));
+        };
+        let page = subject.vmap.page();
+        let wanted = Wanted {
+            vmap: subject.vmap.id,
+            generation,
+            run,
+            huge: page.is_huge().then_some(page),
+            medium,
+            is_quick,
+            is_unit: page.is_huge() || pages.end <= unit.end,
+            // It may overlap others, so nothing is to be joined to it.
+            alone: true,
+            policy: subject.vmap.failure_policy,
+            since: Moment::now(),
+            pages,
+        };
+        if let Err(Waiter::Asker { subject, reply }) = self.slow.reads.ask(wanted, Waiter::Asker { subject, reply }) {
+            drop(subject);
+            let why = Why::new(crate::vmap::failure::FailureCause::Error(Errno::ENOMEM), "no memory to ask for it");
+            reply.answer(Err(why));
+        }
+    }
+
+    /// Has a worker make the next read, if there is one that may be made and a worker for it.
+    pub(crate) fn make_next(&mut self, spaces: &[Space]) -> Next {
+        let mut index = 0;
+        while let Some(found) = self.slow.reads.next_queued(index, self.slow.limits) {
+            let made = self.slow.reads.nr_made();
+            if made >= self.slow.roll.started() {
+                return Next::NoWorker;
+            }
+            let read = self.slow.reads.at(found);
+            let Some(subject) =
+                self.slow.reads.first_waiter(read.id).and_then(|waiter| subject(waiter, spaces, &read.wanted))
+            else {
+                return Next::Over(self.slow.reads.stale(found));
+            };
+            let (id, wanted) = (read.id, read.wanted.clone());
+            let Some(lent) = self.lend(&wanted) else {
+                if made == 0 {
+                    // Nothing that comes back would have it tried again.
+                    self.slow.reads.change();
+                    self.slow.reads.wake_at(Moment::now().after(STARVED_PAUSE));
+                    return Next::Nothing;
+                }
+                index = found + 1;
+                continue;
+            };
+            let counters = [&self.shared.counters.worker_reads, &subject.vmap.counters.worker_reads];
+            counters.into_iter().for_each(|counter| add(counter, 1));
+            self.slow.reads.made(found);
+            let Wanted { generation, pages, .. } = wanted;
+            match self.slow.jobs.try_send(ReadJob { id, subject, generation, pages, lent }) {
+                Ok(()) => return Next::Made,
+                // There is room for as many as there are workers, and the keeper keeps the other end: it can't be.
+                Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
+                    // The area, or the asker, holds the subject too.
+                    self.give_back(job.lent);
+                    return Next::Over(self.slow.reads.stale(found));
+                }
+            }
+        }
+        Next::Nothing
+    }
+
+    fn lend(&mut self, wanted: &Wanted) -> Option<Lent> {
+        let (huge, is_quick) = (wanted.huge, wanted.is_quick);
+        let buffer = match huge {
+            Some(page) => self.huge.lend(page)?,
+            None => {
+                let bytes = (wanted.pages.end - wanted.pages.start) as usize * page_size();
+                let lent = self.slow.buffers.lend(bytes, is_quick)?;
+                self.tell_held();
+                lent
+            }
+        };
+        Some(Lent { buffer, huge, is_quick })
+    }
+
+    fn give_back(&mut self, lent: Lent) {
+        match lent.huge {
+            Some(page) => self.huge.give_back(page, lent.buffer),
+            None => self.slow.take_back(lent),
+        }
+        self.tell_held();
+    }
+
+    /// Publishes how much memory buffers take. No other thread does.
+    fn tell_held(&self) {
+        use std::sync::atomic::Ordering::Relaxed;
+        let held = self.slow.buffers.held_bytes() as u64;
+        self.shared.counters.read_buffer_bytes.store(held, Relaxed);
+        let peak = &self.shared.counters.read_buffer_bytes_peak;
+        if held > peak.load(Relaxed) {
+            peak.store(held, Relaxed);
+        }
+    }
+
+    /// A worker that was asked for may be there; answers whether one more is to be asked for.
+    pub(crate) fn call_worker(&mut self) -> bool {
+        let Slow { roll, called, .. } = &mut self.slow;
+        let (started, refused) = (roll.started(), roll.refused());
+        let calls = *called <= started + refused && started < THREADS_MAX;
+        *called += usize::from(calls);
+        calls
+    }
+
+    /// Takes what a worker has done; answers with what that means for those who wait.
+    pub(crate) fn finish_read(&mut self, done: ReadDone) -> Option<Ended> {
+        let ReadDone { id, lent, outcome } = done;
+        let failed = matches!(outcome, Outcome::Failed(_));
+        let ended = self.slow.reads.finished(id, outcome, Moment::now());
+        self.give_back(lent);
+        if failed && !matches!(ended, Some(Ended { how: How::Failed { .. }, .. })) {
+            add(&self.shared.counters.reads_failed, 1);
+        }
+        ended
+    }
+
+    /// Finds a read whose deadline has passed; at the end, `None`.
+    pub(crate) fn expired_read(&mut self) -> Option<Ended> {
+        let ended = self.slow.reads.expired(Moment::now());
+        match ended {
+            Some(_) => add(&self.shared.counters.reads_expired, 1),
+            None if self.slow.reads.nr_made() == 0 => {
+                self.slow.buffers.trim();
+                self.tell_held();
+            }
+            None => {}
+        }
+        ended
+    }
+
+    /// Answers a fault whose page the object holds now: it is mapped, or, where that can't be done, touched again.
+    pub(crate) fn bring(&self, space: &Space, fault: &Fault) -> Answer {
+        let Some(uffd) = &space.uffd else { return Answer::Done };
+        let page = space.table.find(fault.addr).map_or(PageSize::Base, |area| area.target.page);
+        match uffd.r#continue(page.floor(fault.addr), page.bytes()).stop {
+            None => Answer::Done,
+            Some(Stop::Gone) => Answer::Gone,
+            Some(_) => self.wake_page(uffd, page, fault),
+        }
+    }
+
+    /// Forgets faults that nobody waits for any more.
+    pub(crate) fn forget_faults(&mut self, gone: impl Fn(&Fault) -> bool) {
+        let cancelled = self.slow.reads.forget(gone);
+        add(&self.shared.counters.reads_cancelled, cancelled);
+    }
+}
+
+/// What a read is of, as somebody knows who waits for it; `None` if it is not that any more.
+fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject> {
+    match waiter {
+        Waiter::Fault(fault) => {
+            let index = spaces.binary_search_by_key(&fault.space, |space| space.id).ok()?;
+            let Target { vmap, list, window, generation, .. } = &spaces[index].table.find(fault.addr)?.target;
+            let is_same = (vmap.id, *generation) == (wanted.vmap, wanted.generation);
+            is_same.then(|| Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
+        }
+        Waiter::Asker { subject: Subject { vmap, list, window }, .. } => {
+            Some(Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Fault injection over any page source: what it brings is right, or it fails in one of the ways in which sources fail.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use kiomap::PageSource;
+
+use super::scene::Rng;
+
+/// How often each of the failures is met, in a thousand reads.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Odds {
+    /// An error, with nothing written.
+    pub(crate) errors: u64,
+    /// A part of the bytes, and an error.
+    pub(crate) short: u64,
+    /// Wrong bytes, which a checksum gives away: an error.
+    pub(crate) corrupt: u64,
+    /// Wrong bytes, and a panic.
+    pub(crate) panics: u64,
+    /// Right bytes, after a while.
+    pub(crate) slow: u64,
+    /// No answer until [`Faulty::release`]; then any of the others.
+    pub(crate) stalls: u64,
+}
+
+/// Wraps a page source. What a read does is chosen by the seed and the number of the read.
+pub(crate) struct Faulty<S> {
+    inner: S,
+    seed: u64,
+    odds: Odds,
+    reads: AtomicU64,
+    calm: AtomicBool,
+    released: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl<S> Faulty<S> {
+    pub(crate) fn new(inner: S, seed: u64, odds: Odds) -> Faulty<S> {
+        let (reads, calm) = (AtomicU64::new(0), AtomicBool::new(false));
+        Faulty { inner, seed, odds, reads, calm, released: Mutex::new(false), changed: Condvar::new() }
+    }
+
+    /// Lets go of the reads that are stalled, and stalls no further ones.
+    pub(crate) fn release(&self) {
+        *self.released.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    /// Has every read that begins from now on succeed, if that of the wrapped source does.
+    pub(crate) fn calm(&self) {
+        self.calm.store(true, Ordering::SeqCst);
+        self.release();
+    }
+
+    fn stall(&self) {
+        let released = self.released.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(released, |released| !*released).unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl<S: PageSource> PageSource for Faulty<S> {
+    fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> io::Result<()> {
+        let read = self.reads.fetch_add(1, Ordering::SeqCst);
+        if self.calm.load(Ordering::SeqCst) {
+            return self.inner.read_at(offset_bytes, buf);
+        }
+        let mut rng = Rng::new(self.seed ^ read.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let Odds { errors, short, corrupt, panics, slow, stalls } = self.odds;
+        let mut dice = rng.below(1000);
+        let mut is = |odds: u64| {
+            let met = dice < odds;
+            dice = dice.wrapping_sub(if met { 0 } else { odds });
+            met
+        };
+        let mut dice_after_stall = 0;
+        if is(stalls) {
+            self.stall();
+            dice_after_stall = 1 + rng.below(5);
+        }
+        let mut meets = |odds, number| if dice_after_stall == 0 { is(odds) } else { dice_after_stall == number };
+        if meets(errors, 1) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if meets(short, 2) {
+            let half = buf.len() / 2;
+            self.inner.read_at(offset_bytes, &mut buf[..half])?;
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if meets(corrupt, 3) {
+            self.inner.read_at(offset_bytes, buf)?;
+            buf[rng.below(buf.len() as u64) as usize] ^= 0x40;
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "checksum"));
+        }
+        if meets(panics, 4) {
+            buf.fill(0xdd);
+            // Past the hook, which would print each of them.
+            std::panic::resume_unwind(Box::new("injected"));
+        }
+        if meets(slow, 5) {
+            std::thread::sleep(Duration::from_micros(rng.below(2000)));
+        }
+        self.inner.read_at(offset_bytes, buf)
+    }
+
+    fn len_bytes(&self) -> Option<u64> {
+        self.inner.len_bytes()
+    }
+
+    fn granule_bytes(&self) -> usize {
+        self.inner.granule_bytes()
+    }
+
+    fn may_block(&self) -> bool {
+        self.inner.may_block()
+    }
+
+    fn will_read(&self, range_bytes: std::ops::Range<u64>) {
+        self.inner.will_read(range_bytes);
+    }
+
+    fn identity(&self) -> Option<Vec<u8>> {
+        self.inner.identity()
+    }
+}
