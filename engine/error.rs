@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use crate::sys::{Features, OpenFailure};
+use crate::working_set::fault::WorkingSetFault;
 
 /// The result of a fallible operation of this library.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -191,6 +192,10 @@ pub enum Error {
         /// The kernel's errno.
         errno: Errno,
     },
+    /// A working set, or the file of one, can't be used: it is damaged or something else (`EBADMSG`), or of another image
+    /// (`ESTALE`).
+    #[error("the working set can't be used: {0}")]
+    WorkingSet(#[from] WorkingSetFault),
     /// Pages of a region could not be put together to a huge page (`EBUSY`, `EAGAIN`, `ENOMEM` or `EINVAL`, as the kernel says).
     #[error("the pages from byte {offset} of the region on can't be one huge page: {errno} ({}); others were made: {made}", collapse_knob(*errno))]
     NotCollapsed {
@@ -361,6 +366,12 @@ impl Error {
             | Error::NotCollapsed { errno, .. } => *errno,
             Error::Unsupported { .. } => Errno::EOPNOTSUPP,
             Error::NotPopulated { .. } => Errno::ENOMEM,
+            Error::WorkingSet(fault) => match fault {
+                WorkingSetFault::PageSize { .. }
+                | WorkingSetFault::OtherLength { .. }
+                | WorkingSetFault::OtherImage => Errno::ESTALE,
+                _ => Errno::EBADMSG,
+            },
             Error::Source { fault, .. } => fault.errno(),
         }
     }

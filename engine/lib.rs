@@ -58,6 +58,7 @@ mod stats;
 mod sys;
 mod trace;
 mod vmap;
+mod working_set;
 
 pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
@@ -66,7 +67,7 @@ pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
 #[cfg(feature = "object-store")]
 pub use object_store;
 pub use page::page_size;
-pub use region::{AttachOptions, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
+pub use region::{AttachOptions, PopulateEnd, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;
 pub use runtime::engine::{Engine, EngineBuilder, Shutdown};
@@ -92,6 +93,7 @@ pub use vmap::object::Backing;
 pub use vmap::page_size::PageSize;
 pub use vmap::residency::Residency;
 pub use vmap::{Revoke, Vmap, VmapBuilder};
+pub use working_set::{WorkingSet, WorkingSetFault};
 
 /// The example of the README, compiled and run as a test.
 #[cfg(doctest)]

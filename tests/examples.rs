@@ -91,7 +91,12 @@ fn file_of(folder: &Path, len: usize) -> (PathBuf, Vec<u8>) {
 
 #[test]
 fn every_example_explains_itself() {
-    for (name, option) in [("shared_heap", "--processes"), ("page_file", "--fault-around"), ("doctor", "--json")] {
+    for (name, option) in [
+        ("shared_heap", "--processes"),
+        ("page_file", "--fault-around"),
+        ("lazy_restore", "--latency-ms"),
+        ("doctor", "--json"),
+    ] {
         assert!(success(&run(name, &["--help"])).contains(option), "{name}");
         failure(&run(name, &["--no-such-option"]), "--no-such-option");
     }
@@ -228,4 +233,66 @@ fn the_examples_work_without_privileges() {
     let text = success(&run("doctor", &[]));
     assert!(last_line(&text).starts_with("verdict: an engine works here"), "{text}");
     assert!(text.contains("uid 65534"), "{text}");
+}
+
+/// A small heap is restored in three ways, each time in a process of its own, with the known answer; what is printed adds up.
+#[test]
+fn a_heap_is_restored_lazily_and_with_its_working_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("heap");
+    let kept = kept.to_str().unwrap();
+    let small =
+        ["--size-mib", "16", "--slab-pages", "8", "--latency-ms", "0.1", "--bandwidth-mb", "0", "--folder", kept];
+    let text = success(&run("lazy_restore", &[&small[..], &["--fill"]].concat()));
+    assert!(text.contains("simulated: 0.1 ms a read"), "{text}");
+    assert!(text.contains("the SHA-256 of all compared"), "{text}");
+    assert_eq!(last_line(&text), "verified: each restore gave the known answer");
+
+    // The image and its set are there by now: the same again, past the page cache where the file system can.
+    let image = fs::read(folder.path().join("heap/heap.image")).unwrap();
+    assert_eq!(image.len(), 16 << 20);
+    let found = json(&run("lazy_restore", &[&small[..], &["--json"]].concat()));
+    assert_eq!(fs::read(folder.path().join("heap/heap.image")).unwrap(), image);
+    let number = |value: &Value| value.as_u64().unwrap();
+    let pages = (16 << 20) / page_size() as u64;
+    assert_eq!((&found["verified"], number(&found["image"]["pages"])), (&Value::Bool(true), pages));
+    let touched = number(&found["touched_pages"]);
+    assert!(touched > pages / 40 && touched < pages / 15, "{touched} of {pages}");
+    let [eager, cold, replayed] = [0, 1, 2].map(|n| &found["restores"][n]);
+    for (restore, how) in [(eager, "eager"), (cold, "cold"), (replayed, "replayed")] {
+        assert_eq!(restore["how"], how);
+        assert!(restore["first_result_ms"].as_f64().unwrap() > 0.0);
+    }
+    assert_eq!((number(&eager["bytes_read"]), number(&eager["faults"])), (16 << 20, 0));
+    // What is brought lazily is what is touched, with the rest of what is read at once.
+    assert!(number(&cold["pages"]) >= touched && number(&cold["pages"]) < pages, "{cold}");
+    assert!(number(&cold["bytes_read"]) < 16 << 20);
+    assert_eq!(number(&cold["set_pages"]), number(&replayed["set_pages"]));
+    assert!(number(&cold["faults"]) >= number(&cold["set_pages"]), "{cold}");
+    for ratio in ["cold_to_eager", "replayed_to_cold"] {
+        assert!(found[ratio].as_f64().unwrap() > 0.0);
+    }
+}
+
+/// What can't be restored is said in a line: options out of range, a folder that can't be made, an image that was cut short.
+#[test]
+fn restores_that_can_not_be_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("heap");
+    let small = |more: &[&str]| {
+        let kept = kept.to_str().unwrap();
+        let mut arguments = vec!["--size-mib", "4", "--slab-pages", "4", "--latency-ms", "0", "--folder", kept];
+        arguments.extend(more);
+        run("lazy_restore", &arguments)
+    };
+    failure(&run("lazy_restore", &["--size-mib", "3"]), "3");
+    failure(&run("lazy_restore", &["--working-set", "0.7"]), "below 0.5");
+    failure(&run("lazy_restore", &["--slab-pages", "3"]), "a power of two");
+    failure(&run("lazy_restore", &["--size-mib", "4", "--slab-pages", "512"]), "smaller --slab-pages");
+    failure(&run("lazy_restore", &["--latency-ms=-1"]), "--latency-ms is -1");
+    failure(&run("lazy_restore", &["--folder", "/proc/none"]), "/proc/none");
+    success(&small(&[]));
+    // It is longer than its storage now.
+    File::options().write(true).open(kept.join("heap.image")).unwrap().set_len(1 << 20).unwrap();
+    failure(&small(&[]), "the image has 256 pages, and the heap 1024");
 }

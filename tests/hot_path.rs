@@ -131,6 +131,18 @@ fn faults_on_memory_allocate_nothing() {
     });
 }
 
+/// Ten thousand faults that are recorded: no allocation.
+#[test]
+fn recorded_faults_allocate_nothing() {
+    alone("recorded_faults_allocate_nothing", || {
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let vmap = engine.vmap_builder(&pages(PAGES)).record_working_set().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        assert_eq!(watching(&engine, || touch_all(&region, PAGES)), (0, 0));
+        assert!(vmap.working_set().unwrap().pages().iter().copied().eq(0..PAGES));
+    });
+}
+
 /// A list of `nr_pages` marked pages of a file that the page cache holds.
 fn cached_file(nr_pages: u64) -> Kiobuf {
     use std::io::Write;

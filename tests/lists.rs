@@ -4,6 +4,7 @@ mod support;
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use kiomap::{Arena, AttachOptions, Engine, Error, Kiobuf, Region, page_size};
@@ -248,5 +249,51 @@ fn a_list_built_on_another_thread_is_the_same() {
         assert_eq!(here.extents().collect::<Vec<_>>(), there.extents().collect::<Vec<_>>());
         let (here, there) = (bytes_of(&attach(&engine, &here)), bytes_of(&attach(&engine, &there)));
         assert!(here == there && (0..29_999).all(|at| here[at] == pattern(at + 1)));
+    });
+}
+
+/// Snapshots of differences on a base, as a region shows them: each page is that of the topmost layer that has it, a hole in all
+/// of them is SIGBUS, and the file of differences need not stay open.
+#[test]
+fn layers_show_the_topmost_page() {
+    alone("layers_show_the_topmost_page", || {
+        let engine = engine_builder().build().unwrap();
+        let page = page_size();
+        // The base: 40 pages, the last 5 of which are a hole. Differences: pages 3 and 4, then half of 4, 36 and 50.
+        let base = Kiobuf::concat(&[pages(35), holes(5)]).unwrap();
+        let sparse = |written: &[(usize, usize, u8)], nr_pages: usize| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len((nr_pages * page) as u64).unwrap();
+            for &(at, len, byte) in written {
+                file.write_all_at(&vec![byte; len], at as u64).unwrap();
+            }
+            let mut list = Kiobuf::new();
+            list.map_diff_file(&file).unwrap();
+            list
+        };
+        let first = sparse(&[(3 * page, 2 * page, 0xa1)], 40);
+        let second = sparse(&[(4 * page, page / 2, 0xb2), (36 * page, page, 0xb2), (50 * page, page, 0xb2)], 60);
+        let layered = Kiobuf::layered(&[second, first, base]);
+        assert_eq!(layered.nr_pages(), 60);
+        let region = attach(&engine, &layered);
+        drop(layered);
+        for pgoff in 0..60 {
+            let expected = match pgoff {
+                3 => Some(0xa1),
+                4 | 36 | 50 => Some(0xb2),
+                0..=34 => Some(mark(pgoff)),
+                _ => None,
+            };
+            match expected {
+                Some(byte) => assert_eq!(read_page(&region, pgoff), Ok(byte), "page {pgoff}"),
+                None => assert_sigbus(&region, pgoff),
+            }
+        }
+        let mut halves = vec![0xdd; page];
+        region.read_at(4 * page, &mut halves).unwrap();
+        // A hole of the file within its page is zeros of that page; nothing of what is below is seen.
+        assert!(
+            halves[..page / 2].iter().all(|&byte| byte == 0xb2) && halves[page / 2..].iter().all(|&byte| byte == 0)
+        );
     });
 }

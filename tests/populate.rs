@@ -2,15 +2,13 @@
 
 mod support;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, PageSize, PopulateOptions, Region, Revoke, Shutdown, page_size};
 use nix::errno::Errno;
 use support::pool::{HUGE, per_huge, with_pool};
-use support::populating::{assert_marks, bytes, populate_amid_trouble, slow};
+use support::populating::{assert_marks, bytes, mapped, mapped_of, populate_amid_trouble, slow};
 use support::raw::FAR;
 use support::scene::{GatedSource, at, child, settled};
 use support::{
@@ -20,21 +18,6 @@ use support::{
 
 fn engine() -> Engine {
     engine_builder().fault_around_pages(1).build().unwrap()
-}
-
-/// The pages of a region that are mapped in this process, as the kernel's page table has them.
-fn mapped(region: &Region) -> u64 {
-    mapped_of(region, 0..(region.len_bytes() / page_size()) as u64)
-}
-
-/// As [`mapped`], of these pages of the region.
-fn mapped_of(region: &Region, pages: std::ops::Range<u64>) -> u64 {
-    const PRESENT: u64 = 1 << 63;
-    let first = (region.as_ptr() as usize / page_size()) as u64 + pages.start;
-    let mut entries = vec![0; (pages.end - pages.start) as usize * size_of::<u64>()];
-    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first * size_of::<u64>() as u64).unwrap();
-    let entries = entries.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
-    entries.filter(|entry| entry & PRESENT != 0).count() as u64
 }
 
 #[track_caller]
@@ -254,7 +237,7 @@ fn the_background_brings_all_and_ends() {
         let (_vmap, region) = attached(&engine, &list);
         assert!(!is_there());
         let options = PopulateOptions::new().step_bytes(16 * page_size());
-        let populating = region.populate_in_background(0..region.len_bytes(), options).unwrap();
+        let populating = region.populate_in_background(0..region.len_bytes(), options.clone()).unwrap();
         assert_eq!(populating.progress().pages_total, 1034);
         let done = populating.wait().unwrap();
         assert_eq!((done.pages_done, done.pages_failed, done.pages_total), (1034, 24, 1034));
@@ -268,10 +251,10 @@ fn the_background_brings_all_and_ends() {
         more.populate_in_background(0..more.len_bytes(), PopulateOptions::new()).unwrap().detach();
         eventually("all came", || mapped(&more) == 300);
         for refused in [
-            options.step_bytes(0),
-            options.step_bytes(100),
-            options.step_bytes(513 * page_size()),
-            options.bytes_per_second(0),
+            options.clone().step_bytes(0),
+            options.clone().step_bytes(100),
+            options.clone().step_bytes(513 * page_size()),
+            options.clone().bytes_per_second(0),
         ] {
             assert_eq!(region.populate_in_background(0..1, refused).unwrap_err().errno(), Errno::EINVAL);
         }
@@ -315,7 +298,7 @@ fn a_limited_background_waits_and_ends_at_once() {
         let options = PopulateOptions::new().bytes_per_second(1).step_bytes(64 * page_size());
         let (_vmap, region) = attached(&engine, &pages(1000));
         let begin = |region: &Region| {
-            let populating = region.populate_in_background(0..region.len_bytes(), options).unwrap();
+            let populating = region.populate_in_background(0..region.len_bytes(), options.clone()).unwrap();
             eventually("the first step", || populating.progress().pages_done == 64);
             populating
         };
@@ -333,7 +316,10 @@ fn a_limited_background_waits_and_ends_at_once() {
         let populating = begin(&region);
         engine.shutdown(Shutdown::Poison).unwrap();
         assert_eq!(populating.wait().unwrap_err().errno(), Errno::ESHUTDOWN);
-        assert_eq!(region.populate_in_background(0..1, options).map(drop).unwrap_err().errno(), Errno::ESHUTDOWN);
+        assert_eq!(
+            region.populate_in_background(0..1, options.clone()).map(drop).unwrap_err().errno(),
+            Errno::ESHUTDOWN
+        );
         assert_marks(&region, 0..64);
         assert_sigbus(&region, 900);
     });

@@ -222,6 +222,7 @@ impl Board {
             for counter in plan.counters(self.all(), of(area)) {
                 add(counter, 1);
             }
+            plan.note(area, pgoff);
         }
         match plan {
             Plan::Copy { pages, src } => touch.install(pages, Source::Memory(src)),

@@ -47,7 +47,10 @@ pub struct ExtentInfo {
 pub(super) enum Base {
     Memory(Memory),
     /// A file in memory: reading it may block, and fails where the file was truncated.
-    Mmap(Arc<Mmap>),
+    Mmap {
+        map: Arc<Mmap>,
+        at: usize,
+    },
     File {
         file: Arc<PagedFile>,
         at: u64,
@@ -101,6 +104,22 @@ pub(super) struct Extent {
     pub(super) base: Base,
 }
 
+impl Base {
+    /// Returns the same pages without the first `bytes` of their data.
+    fn skip(&self, bytes: u64) -> Base {
+        match self {
+            // What is in memory is as long as an address can say.
+            Base::Memory(memory) => Base::Memory(memory.skip(bytes as usize)),
+            Base::Mmap { map, at } => Base::Mmap { map: Arc::clone(map), at: at + bytes as usize },
+            Base::File { file, at } => Base::File { file: Arc::clone(file), at: at + bytes },
+            Base::Memfd(memfd) => Base::Memfd(memfd.skip(bytes)),
+            Base::Source(part) => Base::Source(SourcePart { at: part.at + bytes, ..part.clone() }),
+            Base::Zero => Base::Zero,
+            Base::Hole => Base::Hole,
+        }
+    }
+}
+
 impl Extent {
     /// Builds the extent of `len` bytes of data that begin `head` bytes into its first page.
     pub(super) fn of_bytes(base: Base, head: u64, len: u64) -> Result<Self> {
@@ -131,13 +150,29 @@ impl Extent {
         Ok(Self { first_page: 0, nr_pages, valid: 0..0, base: Base::Hole })
     }
 
+    /// Returns the extent that holds some of its pages, named as pages of the list, and nothing of the others.
+    ///
+    /// Every page of an extent holds data, unless it is a hole: so does every part.
+    pub(super) fn part(&self, pages: Range<u64>) -> Extent {
+        debug_assert!(pages.start < pages.end && self.first_page <= pages.start && pages.end <= self.pages().end);
+        let page = page_size() as u64;
+        let (start, end) = ((pages.start - self.first_page) * page, (pages.end - self.first_page) * page);
+        let (data_start, data_end) = (self.valid.start.clamp(start, end), self.valid.end.clamp(start, end));
+        Extent {
+            first_page: pages.start,
+            nr_pages: pages.end - pages.start,
+            valid: data_start - start..data_end - start,
+            base: self.base.skip(data_start.saturating_sub(self.valid.start)),
+        }
+    }
+
     /// Returns the description that users see.
     pub(super) fn info(&self) -> ExtentInfo {
         let kind = match self.base {
             Base::Memory(_) => ExtentKind::Memory,
-            Base::Mmap(_) | Base::File { .. } => ExtentKind::File,
+            Base::Mmap { .. } | Base::File { .. } => ExtentKind::File,
             Base::Memfd(_) => ExtentKind::Memfd,
-            Base::Source(_) => ExtentKind::Source,
+            Base::Source { .. } => ExtentKind::Source,
             Base::Zero => ExtentKind::Zero,
             Base::Hole => ExtentKind::Hole,
         };

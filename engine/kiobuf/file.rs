@@ -1,6 +1,6 @@
 //! A file that a page list reads: what may be mapped of it, and reading it with or without waiting.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
@@ -50,6 +50,11 @@ impl PagedFile {
     /// The descriptor.
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// What the file system says of it now.
+    pub(super) fn metadata(&self) -> Result<Metadata> {
+        self.file.metadata().map_err(Error::io("fstat of a file of a list"))
     }
 
     /// Reads bytes that the page cache holds; never waits for a disk.

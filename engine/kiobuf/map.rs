@@ -161,7 +161,7 @@ impl Kiobuf {
     pub fn map_mmap(&mut self, map: Mmap) -> Result<()> {
         self.fill(|| {
             let (head, len) = (page_offset(map.as_ptr()), map.len() as u64);
-            Extent::of_bytes(Base::Mmap(Arc::new(map)), head, len)
+            Extent::of_bytes(Base::Mmap { map: Arc::new(map), at: 0 }, head, len)
         })
     }
 

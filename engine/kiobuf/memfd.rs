@@ -86,6 +86,13 @@ impl Memfd {
     }
 }
 
+impl Memfd {
+    /// Returns the same pages without the first `bytes`.
+    pub(super) fn skip(&self, bytes: u64) -> Memfd {
+        Memfd { at: self.at + bytes, ..self.clone() }
+    }
+}
+
 /// The seals of a file; one that has none can't have any.
 fn seals_of(file: impl AsFd) -> Result<SealFlag> {
     match fcntl(file, FcntlArg::F_GET_SEALS) {

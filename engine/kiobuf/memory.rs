@@ -51,6 +51,19 @@ impl Borrowed {
 }
 
 impl Memory {
+    /// Returns the same memory without its first `bytes`. Of an arena it is no more than borrowed: it can't be read into.
+    pub(super) fn skip(&self, bytes: usize) -> Memory {
+        if bytes == 0 {
+            return self.clone();
+        }
+        let guard: Arc<dyn Any + Send + Sync> = match self {
+            Memory::Arena(arena) => Arc::clone(arena) as _,
+            Memory::Borrowed(borrowed) => Arc::clone(&borrowed._guard),
+        };
+        // Its bytes stay as they are while a clone of the guard lives: an arena is written to only by who has it alone.
+        Memory::Borrowed(Borrowed { data: self.as_ptr().wrapping_add(bytes), _guard: guard })
+    }
+
     /// Returns the address of the first byte of data.
     pub(super) fn as_ptr(&self) -> *const u8 {
         match self {

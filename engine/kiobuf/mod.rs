@@ -10,9 +10,12 @@ use std::sync::Arc;
 
 use crate::error::Result;
 
+mod ahead;
 mod arena;
 mod extent;
 pub(crate) mod file;
+mod identity;
+mod layer;
 mod lock;
 mod map;
 mod maps;
@@ -154,8 +157,8 @@ impl Kiobuf {
         self.inner.extents.iter().filter_map(|extent| {
             let start = match &extent.base {
                 Base::Memory(memory) => memory.as_ptr().addr(),
-                Base::Mmap(map) => map.as_ptr().addr(),
-                Base::File { .. } | Base::Memfd(_) | Base::Source(_) | Base::Zero | Base::Hole => return None,
+                Base::Mmap { map, at } => map.as_ptr().addr() + at,
+                Base::File { .. } | Base::Memfd(_) | Base::Source { .. } | Base::Zero | Base::Hole => return None,
             };
             // The data is in memory, so that its length is an address difference.
             Some(start..start + extent.data_len() as usize)

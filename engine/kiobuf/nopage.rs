@@ -70,7 +70,7 @@ pub(super) fn read_unit(extents: &[Extent], pgoff: u64) -> Option<ReadUnit> {
     let (medium, is_quick) = match &extent.base {
         Base::Source(part) => (Arc::as_ptr(&part.source).cast::<()>().addr(), !part.may_block),
         Base::File { file, .. } | Base::Memfd(Memfd { file, .. }) => (Arc::as_ptr(file).addr(), false),
-        Base::Mmap(map) => (Arc::as_ptr(map).addr(), false),
+        Base::Mmap { map, .. } => (Arc::as_ptr(map).addr(), false),
         Base::Memory(_) | Base::Zero | Base::Hole => (0, true),
     };
     Some(ReadUnit { pages: extent.unit_of(pgoff), run: extent.pages(), medium, is_quick })
@@ -98,7 +98,7 @@ pub(super) fn nopage(extents: &[Extent], pgoff: u64) -> Nopage {
             let src = memory.as_ptr().wrapping_add(extent.data_position(run.start) as usize);
             Nopage::Direct { src, run }
         }
-        Base::Mmap(_) | Base::File { .. } | Base::Memfd(_) | Base::Source(_) => {
+        Base::Mmap { .. } | Base::File { .. } | Base::Memfd(_) | Base::Source { .. } => {
             Nopage::Read { run: extent.pages(), may_block: true }
         }
         Base::Zero => Nopage::Zero { run: extent.pages() },

@@ -24,7 +24,7 @@ impl Kiobuf {
         let (position, data) = extent.zero_slack(first, buf);
         match &extent.base {
             Base::File { file, at } | Base::Memfd(Memfd { file, at, .. }) => file.try_read(at + position, data),
-            Base::Mmap(_) | Base::Source(_) => TryRead::WouldBlock,
+            Base::Mmap { .. } | Base::Source { .. } => TryRead::WouldBlock,
             Base::Memory(_) | Base::Zero | Base::Hole => match read_data(extent, position, data) {
                 Ok(()) => TryRead::Done,
                 Err(failure) => TryRead::Failed(failure.errno()),
@@ -68,7 +68,7 @@ pub(super) fn read_data(extent: &Extent, position: u64, buf: &mut [u8]) -> Resul
             }
             Ok(())
         }
-        Base::Mmap(map) => read_mapped_file(map.as_ptr().addr() + position as usize, buf),
+        Base::Mmap { map, at } => read_mapped_file(map.as_ptr().addr() + at + position as usize, buf),
         Base::File { file, at } | Base::Memfd(Memfd { file, at, .. }) => file.read(at + position, buf),
         Base::Source(part) => {
             // What a source leaves out must not be what another list's page left in the buffer.

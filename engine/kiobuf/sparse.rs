@@ -1,4 +1,4 @@
-//! A sparse file as a page list: its data is read, its holes are zeros that nobody reads.
+//! A sparse file as a page list: its data is read, its holes are zeros that nobody reads, or holes that show what is below.
 
 use std::fs::File;
 use std::ops::Range;
@@ -31,6 +31,25 @@ impl Kiobuf {
     ///   reading, or is open with `O_DIRECT`.
     /// * [`Error::Sys`]: the file can't be examined, or its descriptor not be duplicated (`EMFILE`).
     pub fn map_sparse_file(&mut self, file: &File) -> Result<()> {
+        self.fill_sparse(file, RUNS_MAX, Extent::zeros)
+    }
+
+    /// Maps a whole regular file as a difference to what lies below: its holes, as the file system tells them (`SEEK_HOLE`),
+    /// are holes of the list, which [`layered`](Kiobuf::layered) shows the lower lists through.
+    ///
+    /// A page is data if the file has data in any part of it, zeros for instance. Each run of data is an extent, however many
+    /// there are. The holes are those of now: what is written into one later is not seen. On a file system that knows no
+    /// holes, all of the file is data. The position of `file` is moved meanwhile and put back.
+    ///
+    /// # Errors
+    ///
+    /// As [`map_sparse_file`](Kiobuf::map_sparse_file).
+    pub fn map_diff_file(&mut self, file: &File) -> Result<()> {
+        self.fill_sparse(file, usize::MAX, Extent::hole)
+    }
+
+    /// Makes the list of a file's runs of data, at most so many, with something between.
+    fn fill_sparse(&mut self, file: &File, runs_max: usize, between: fn(u64) -> Result<Extent>) -> Result<()> {
         if self.is_mapped() {
             return Err(Error::AlreadyMapped { nr_pages: self.nr_pages() });
         }
@@ -40,15 +59,15 @@ impl Kiobuf {
             Extent::of_bytes(Base::File { file: Arc::clone(&paged), at: bytes.start }, 0, bytes.end - bytes.start)
         };
         let (page, mut extents, mut done) = (page_size() as u64, Vec::new(), 0);
-        for run in data_runs(file, len)? {
+        for run in data_runs(file, len, runs_max)? {
             if run.start > done {
-                extents.push(Extent::zeros((run.start - done) / page)?);
+                extents.push(between((run.start - done) / page)?);
             }
             done = run.end;
             extents.push(data(run)?);
         }
         if done < len {
-            extents.push(Extent::zeros((len - done).div_ceil(page))?);
+            extents.push(between((len - done).div_ceil(page))?);
         }
         if extents.is_empty() {
             // The error of an empty file.
@@ -61,8 +80,8 @@ impl Kiobuf {
     }
 }
 
-/// Returns the runs of data of a file of `len` bytes, in order, whole pages but for the last, none touching the next.
-fn data_runs(file: &File, len: u64) -> Result<Vec<Range<u64>>> {
+/// Returns the runs of data of a file of `len` bytes, at most so many, in order, whole pages but for the last, none touching the next.
+fn data_runs(file: &File, len: u64, runs_max: usize) -> Result<Vec<Range<u64>>> {
     let page = page_size() as u64;
     let seek = |from: u64, whence| match lseek(file, from as i64, whence) {
         // Somebody may write meanwhile: what is told is never beyond what is asked for.
@@ -83,7 +102,7 @@ fn data_runs(file: &File, len: u64) -> Result<Vec<Range<u64>>> {
             Err(error) => break Err(error),
         };
         let end = match seek(start, Whence::SeekHole) {
-            _ if runs.len() == RUNS_MAX => len,
+            _ if runs.len() == runs_max => len,
             // No hole begins where data does, unless somebody makes one at this moment: then all that is left is read.
             Ok(Some(end)) if end > start => end.next_multiple_of(page).min(len),
             Ok(_) | Err(Error::Sys { errno: Errno::EINVAL | Errno::EOPNOTSUPP, .. }) => len,

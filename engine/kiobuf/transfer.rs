@@ -125,7 +125,7 @@ impl<'a> Writer<'a> {
                 self.gather(unsafe { std::slice::from_raw_parts(memory.as_ptr(), len as usize) })
             }
             Base::Zero => chunks(len).try_for_each(|(_, len)| self.gather(&ZEROS[..len])),
-            Base::Mmap(_) | Base::File { .. } | Base::Memfd(_) | Base::Source(_) => self.bounce(extent),
+            Base::Mmap { .. } | Base::File { .. } | Base::Memfd(_) | Base::Source { .. } => self.bounce(extent),
             Base::Hole => Err(Error::Fault { what: "the page list", at: extent.first_page * page_size() as u64 }),
         }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 pub use attach::{AttachOptions, Sharing};
-pub use populate::{PopulateOptions, PopulateProgress, Populating};
+pub use populate::{PopulateEnd, PopulateOptions, PopulateProgress, Populating};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};

@@ -3,54 +3,62 @@
 //! In the engine's process they are filled through the vmap's window, whose addresses nobody else can take, and then
 //! mapped by MADV_POPULATE_READ, which shows what lies there and nothing else: whatever other threads unmap, move or map
 //! meanwhile, no page of a list gets into memory that is not its own. A forked child has no window and may have an old list:
-//! there the engine brings the pages, in answer to the faults of the same call. Large ranges are shared by several threads.
+//! there the engine brings the pages, in answer to the faults of the same call. Large ranges are shared by several threads; in the
+//! background one or several go step by step.
 
+mod background;
+mod replay;
 mod together;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use nix::errno::Errno;
 
 use super::Region;
 use crate::fork::link::Local;
 use crate::page::{is_aligned, page_floor, page_size};
-use crate::runtime::background;
 use crate::runtime::command::Command;
-use crate::runtime::jobs::Next;
 use crate::runtime::shared::EngineShared;
-use crate::runtime::threads::{self, Role};
+use crate::runtime::threads::{self, Role, contain};
 use crate::sys::Stop;
 use crate::vmap::core::VmapCore;
 use crate::vmap::fill::{Refusal, fill_some};
 use crate::vmap::refuse_nested;
 use crate::{Error, Result};
+use background::{Listener, Pace};
+pub use background::{PopulateEnd, Populating};
 
 /// Pages brought in one step: 2 MiB where pages are of 4 KiB.
 const STEP_PAGES: u64 = 512;
-/// How long the background waits when threads have faulted since it looked last.
-const FAULTS_FIRST: Duration = Duration::from_millis(1);
-/// Such waits before a step is made all the same.
-const MOST_WAITS: u32 = 8;
+/// The most threads of one populating in the background.
+const THREADS_MAX: usize = 16;
+/// How a range is populated, unless said otherwise.
+const POPULATE: Pace = Pace { threads: 1, step_pages: 64, most_waits: 8 };
 
-/// Says how [`Region::populate_in_background`] goes about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Says how [`Region::populate_in_background`] and [`Region::replay`] go about it, and who hears of it.
+#[derive(Clone, Default)]
 #[must_use]
 pub struct PopulateOptions {
     bytes_per_second: Option<u64>,
-    step_bytes: usize,
+    step_bytes: Option<usize>,
+    threads: Option<usize>,
+    listener: Listener,
 }
 
-impl Default for PopulateOptions {
-    fn default() -> Self {
-        PopulateOptions { bytes_per_second: None, step_bytes: 64 * page_size() }
+impl std::fmt::Debug for PopulateOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PopulateOptions")
+            .field("bytes_per_second", &self.bytes_per_second)
+            .field("step_bytes", &self.step_bytes)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
     }
 }
 
 impl PopulateOptions {
-    /// Begins with the default: as fast as faults allow, in steps of 64 pages.
+    /// Begins with the default: as fast as faults allow, telling nobody.
     pub fn new() -> Self {
         Self::default()
     }
@@ -66,20 +74,47 @@ impl PopulateOptions {
         self.bytes_per_second(pages.saturating_mul(page_size() as u64))
     }
 
-    /// Sets how many bytes come in one step, a multiple of the page size, at most 512 pages; 64 pages unless set. A limit is
-    /// kept, faults are looked for and an end is noticed between steps.
+    /// Sets how many bytes come in one step, a multiple of the page size, at most 512 pages; 64 pages unless set, or 16 where
+    /// several threads replay. A limit is kept, faults are looked for and an end is noticed between steps.
     pub fn step_bytes(mut self, bytes: usize) -> Self {
-        self.step_bytes = bytes;
+        self.step_bytes = Some(bytes);
+        self
+    }
+
+    /// Sets how many threads bring pages at once, from 1 to 16: several are for pages that have to be waited for, each of which
+    /// takes one. Unless set, it is one, and more for a [`Region::replay`] of such pages. Where they can't be started,
+    /// fewer do.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Has a function called after each step, with how far it has come, on the thread that made the step, outside every lock of
+    /// the engine. What it hears never goes back. Steps wait for it. A panic of it is caught and counted.
+    pub fn on_progress(mut self, listener: impl Fn(PopulateProgress) + Send + Sync + 'static) -> Self {
+        self.listener.on_progress = Some(Arc::new(listener));
+        self
+    }
+
+    /// Has a function called once, when it has ended, before whoever [waits](Populating::wait) for it goes on: on the thread that
+    /// made the last step, or that shuts the engine down, outside every lock of the engine. A panic of it is caught and
+    /// counted.
+    pub fn on_end(mut self, listener: impl Fn(PopulateProgress, PopulateEnd) + Send + Sync + 'static) -> Self {
+        self.listener.on_end = Some(Arc::new(listener));
         self
     }
 
     fn validate(&self) -> Result<()> {
+        if let Some(threads) = self.threads.filter(|threads| !(1..=THREADS_MAX).contains(threads)) {
+            let (value, rule) = (threads as u64, "there must be from 1 to 16");
+            return Err(Error::Invalid { what: "threads of a populating", value, rule });
+        }
         if self.bytes_per_second == Some(0) {
             return Err(Error::Invalid { what: "bytes_per_second", value: 0, rule: "it must not be zero" });
         }
         let most = STEP_PAGES as usize * page_size();
-        if !is_aligned(self.step_bytes) || !(1..=most).contains(&self.step_bytes) {
-            let (value, rule) = (self.step_bytes as u64, "it must be whole pages, from 1 to 512");
+        if let Some(bytes) = self.step_bytes.filter(|&bytes| !is_aligned(bytes) || !(1..=most).contains(&bytes)) {
+            let (value, rule) = (bytes as u64, "it must be whole pages, from 1 to 512");
             return Err(Error::Invalid { what: "step_bytes", value, rule });
         }
         Ok(())
@@ -132,8 +167,13 @@ impl Region {
     /// Brings the pages of a byte range as [`Region::populate`] does, on a thread of the engine, step by step.
     ///
     /// Faults come first: while threads fault, steps are put off, for some milliseconds each. One thread does this for all
-    /// regions of an engine, in turns; it is started when there is something to do, and ends afterwards.
-    /// It stops where the region is dropped, and at a shutdown.
+    /// regions of an engine, in turns, unless [more are asked for](PopulateOptions::threads); it is started when there is
+    /// something to do, and ends afterwards. It stops where the region is dropped, and at a shutdown.
+    ///
+    /// When all pages of a vmap have come (all of [`PopulateProgress::pages_total`] are done and none has failed), nothing of it
+    /// is missing any more: no touch asks the engine, in any process and through any region, until somebody takes pages away
+    /// ([`Vmap::revoke`](crate::Vmap::revoke), a hole that is punched). So it stays after a
+    /// [`Shutdown::Poison`](crate::Shutdown::Poison) too, and in forked children after the death of this process.
     ///
     /// # Errors
     ///
@@ -141,24 +181,18 @@ impl Region {
     /// [`Error::Shutdown`]; [`Error::WouldDeadlock`] in a page source; [`Error::Sys`] when the thread can't be started.
     pub fn populate_in_background(&self, range: Range<usize>, options: PopulateOptions) -> Result<Populating> {
         options.validate()?;
+        let task = self.background_task(range)?;
+        let whole = task.at..task.end;
+        let ranges = if whole.is_empty() { Vec::new() } else { vec![whole] };
+        background::begin(task, ranges, options, POPULATE)
+    }
+
+    /// As [`Region::task`], for a thread of the engine.
+    fn background_task(&self, range: Range<usize>) -> Result<Task> {
         if self.shared.is_child() {
             return Err(Error::NotOwner { what: "populating in the background" });
         }
-        let task = self.task(range)?;
-        let shared = Arc::clone(&self.shared);
-        let state = Arc::new(State {
-            total: task.pages_left(),
-            done: AtomicU64::new(0),
-            failed: AtomicU64::new(0),
-            cancelled: AtomicBool::new(false),
-            ended: Mutex::new(None),
-            news: Condvar::new(),
-        });
-        let faults_seen = shared.counters.snapshot().faults;
-        let mut job =
-            Job { state: Ended(Arc::clone(&state)), task, options, since: Instant::now(), faults_seen, waits: 0 };
-        background::submit(&self.shared, Box::new(move || job.step()))?;
-        Ok(Populating { state, shared, detached: false })
+        self.task(range)
     }
 
     /// What is to be brought, checked.
@@ -185,6 +219,7 @@ impl Region {
             shared: Arc::clone(&self.shared),
             region: self.id,
             base: self.addr,
+            len: self.len,
             pgoff: self.pgoff,
             at,
             end: end.max(at),
@@ -205,8 +240,9 @@ struct Task {
     core: Arc<VmapCore>,
     shared: Arc<EngineShared>,
     region: u64,
-    /// Where the region was attached, and which page it begins with.
+    /// Where the region was attached, how long it was, and which page it begins with.
     base: usize,
+    len: usize,
     pgoff: u64,
     /// What is left, whole pages.
     at: usize,
@@ -417,6 +453,14 @@ impl Task {
         Ok(())
     }
 
+    /// Tells where the pages of some addresses come from that they will be read soon, if the region lies as it was attached; a
+    /// panic of a source is its own.
+    fn will_read(&self, addresses: &Range<usize>) {
+        let page_of = |addr: usize| self.pgoff + ((addr - self.base) / page_size()) as u64;
+        let list = self.core.contents().list;
+        let _ = contain(&self.shared, || list.will_read(page_of(addresses.start)..page_of(addresses.end)));
+    }
+
     fn outcome(self) -> Result<()> {
         match self.first {
             None => Ok(()),
@@ -436,186 +480,5 @@ fn populate_read(addr: usize, len: usize) -> std::result::Result<(), Errno> {
             Err(Errno::EINTR | Errno::EAGAIN) => {}
             answer => return answer.map(drop),
         }
-    }
-}
-
-/// What a background populating and its handle share.
-struct State {
-    total: u64,
-    done: AtomicU64,
-    failed: AtomicU64,
-    cancelled: AtomicBool,
-    /// How it ended.
-    ended: Mutex<Option<Result<()>>>,
-    news: Condvar,
-}
-
-impl State {
-    fn progress(&self) -> PopulateProgress {
-        // Failed first: it is never more than done.
-        let pages_failed = self.failed.load(Ordering::Acquire);
-        PopulateProgress { pages_done: self.done.load(Ordering::Acquire), pages_total: self.total, pages_failed }
-    }
-
-    fn end(&self, how: Result<()>) {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(how);
-        self.news.notify_all();
-    }
-}
-
-/// The background's hold on the state: whatever becomes of it, nobody waits for it any longer.
-struct Ended(Arc<State>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Dropped before its end: by a shutdown.
-        self.0.end(Err(Error::Shutdown));
-    }
-}
-
-/// A populating in the background.
-struct Job {
-    state: Ended,
-    task: Task,
-    options: PopulateOptions,
-    since: Instant,
-    faults_seen: u64,
-    waits: u32,
-}
-
-impl Job {
-    fn step(&mut self) -> Next {
-        let state = Arc::clone(&self.state.0);
-        match self.advance(&state) {
-            Ok(Some(due)) => Next::After(due),
-            Ok(None) => {
-                state.end(Ok(()));
-                Next::Finished
-            }
-            Err(error) => {
-                state.end(Err(error));
-                Next::Finished
-            }
-        }
-    }
-
-    /// Makes a step if it is time; answers when the next is, if there is one.
-    fn advance(&mut self, state: &State) -> Result<Option<Instant>> {
-        if state.cancelled.load(Ordering::Acquire) {
-            return Ok(None);
-        }
-        // Asked first: a region that was dropped is not held until the limit allows a step.
-        let Some(piece) = self.task.piece()? else {
-            self.task.rest_is_unmapped();
-            self.publish(state);
-            return Ok(None);
-        };
-        let now = Instant::now();
-        if let Some(due) = self.due().filter(|&due| due > now) {
-            return Ok(Some(due));
-        }
-        let faults = self.task.shared.counters.snapshot().faults;
-        if faults != std::mem::replace(&mut self.faults_seen, faults) && self.waits < MOST_WAITS {
-            self.waits += 1;
-            return Ok(Some(now + FAULTS_FIRST));
-        }
-        self.waits = 0;
-        self.task.step(&piece, (self.options.step_bytes / page_size()) as u64)?;
-        self.publish(state);
-        Ok((self.task.at < self.task.end).then(|| self.due().unwrap_or(now)))
-    }
-
-    fn publish(&self, state: &State) {
-        state.done.store(state.total - self.task.pages_left(), Ordering::Release);
-        state.failed.store(self.task.missing, Ordering::Release);
-    }
-
-    /// When the limit allows the next step.
-    fn due(&self) -> Option<Instant> {
-        let rate = self.options.bytes_per_second?;
-        let bytes = self.state.0.done.load(Ordering::Relaxed) as u128 * page_size() as u128;
-        let nanoseconds = u64::try_from(bytes * 1_000_000_000 / u128::from(rate)).unwrap_or(u64::MAX);
-        // What no clock can tell is far enough away.
-        let far = || self.since + Duration::from_secs(365 * 24 * 60 * 60);
-        Some(self.since.checked_add(Duration::from_nanos(nanoseconds)).unwrap_or_else(far))
-    }
-}
-
-/// A handle to a [`Region::populate_in_background`]. Dropping it cancels what is not done yet, unless it was
-/// [detached](Populating::detach).
-#[must_use = "dropping it cancels the populating"]
-pub struct Populating {
-    state: Arc<State>,
-    shared: Arc<EngineShared>,
-    detached: bool,
-}
-
-impl Populating {
-    /// Tells how far it has come.
-    pub fn progress(&self) -> PopulateProgress {
-        self.state.progress()
-    }
-
-    /// Tells whether it has ended: all done, cancelled, or stopped by a shutdown. In a forked child it has.
-    pub fn is_finished(&self) -> bool {
-        self.shared.is_child() || self.state.ended.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
-    /// Ends it after the step that is being made, which is not waited for. What came stays.
-    pub fn cancel(&self) {
-        if !self.shared.is_child() {
-            self.state.cancelled.store(true, Ordering::Release);
-            self.shared.jobs.nudge();
-        }
-    }
-
-    /// Waits until it has ended, and tells how far it came: pages that can't be had are counted there, and a cancelled one
-    /// has not done all.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Shutdown`] when a shutdown ended it; [`Error::NotOwner`] in a forked child; [`Error::WouldDeadlock`] in a
-    /// page source.
-    pub fn wait(self) -> Result<PopulateProgress> {
-        if self.shared.is_child() {
-            return Err(Error::NotOwner { what: "waiting for a populating" });
-        }
-        if threads::current_role(self.shared.id) == Some(Role::Populate) {
-            return Err(Error::WouldDeadlock { what: "waiting for a populating", thread: "populate" });
-        }
-        refuse_nested("waiting for a populating")?;
-        let mut ended = self.state.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            match ended.take() {
-                Some(Ok(())) => {
-                    *ended = Some(Ok(()));
-                    return Ok(self.state.progress());
-                }
-                Some(Err(error)) => {
-                    *ended = Some(Err(Error::Shutdown));
-                    return Err(error);
-                }
-                None => ended = self.state.news.wait(ended).unwrap_or_else(PoisonError::into_inner),
-            }
-        }
-    }
-
-    /// Lets it go on without a handle.
-    pub fn detach(mut self) {
-        self.detached = true;
-    }
-}
-
-impl Drop for Populating {
-    fn drop(&mut self) {
-        if !self.detached {
-            self.cancel();
-        }
-    }
-}
-
-impl std::fmt::Debug for Populating {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Populating").field("progress", &self.progress()).finish_non_exhaustive()
     }
 }

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::readahead::Streams;
 use crate::page::page_size;
 use crate::space::Target;
 use crate::space::table::Area;
@@ -66,12 +67,24 @@ impl FaultAround {
     /// Chooses the pages that come with page `pgoff` of an area, of `run` (pages of one extent with one treatment), which
     /// are to be read before they are installed, or not.
     pub(crate) fn window(self, area: &Area<Target>, run: &Range<u64>, pgoff: u64, read: bool) -> Range<u64> {
-        let bounds = clip(area, run);
+        self.window_of(&area.target.streams, &clip(area, run), pgoff, pgoff == area.pgoff, read)
+    }
+
+    /// As [`FaultAround::window`], of pages within `bounds`, by what is remembered of faults before; `at_start` says that it is
+    /// the first page of what is mapped.
+    pub(crate) fn window_of(
+        self,
+        streams: &Streams,
+        bounds: &Range<u64>,
+        pgoff: u64,
+        at_start: bool,
+        read: bool,
+    ) -> Range<u64> {
         match self {
-            FaultAround::Fixed(pages) => block(pages as u64, &bounds, pgoff),
+            FaultAround::Fixed(pages) => block(pages as u64, bounds, pgoff),
             FaultAround::Adaptive { max_pages } => {
                 let most = if read { self.read_pages() } else { max_pages };
-                area.target.streams.window(pgoff, &bounds, pgoff == area.pgoff, most as u64)
+                streams.window(pgoff, bounds, at_start, most as u64)
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The thread that does jobs in the background. It is started by the first and ends with the last: idle, it costs nothing.
+//! The threads that do jobs in the background. They are started for the jobs and end with the last: idle, they cost nothing.
 
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
@@ -7,41 +7,49 @@ use std::time::Instant;
 use super::jobs::{Job, Next, Step};
 use super::shared::EngineShared;
 use super::threads::{self, Role, contain};
-use crate::{Error, Result};
+use crate::Error;
 
-/// Has a job done.
+/// Has jobs done, by as many threads as they are, if these can be started; by one at the least. Threads that are there already
+/// are of them.
 ///
 /// # Errors
 ///
-/// [`Error::Shutdown`]; [`Error::Sys`] when the thread can't be started. The job is dropped then.
-pub(crate) fn submit(shared: &Arc<EngineShared>, step: Step) -> Result<()> {
+/// [`Error::Shutdown`]; [`Error::Sys`] when no thread can be started. The jobs are given back.
+pub(crate) fn submit(shared: &Arc<EngineShared>, steps: Vec<Step>) -> Result<(), (Error, Vec<Step>)> {
     let mut queue = shared.jobs.queue();
     if queue.stopped {
-        return Err(Error::Shutdown);
+        return Err((Error::Shutdown, steps));
     }
-    if !queue.running {
+    queue.threads.retain(|thread| !thread.is_finished());
+    while queue.running < steps.len() {
         let its = Arc::clone(shared);
-        // The one before has ended, or will without looking again.
-        queue.thread = Some(threads::spawn(Role::Populate, shared.id, move || run(&its))?);
-        queue.running = true;
+        // One that is not counted as running has ended, or will without looking again.
+        match threads::spawn(Role::Populate, shared.id, move || run(&its)) {
+            Ok(thread) => queue.threads.push(thread),
+            // Those that are there do all.
+            Err(_) if queue.running > 0 => break,
+            Err(error) => return Err((error, steps)),
+        }
+        queue.running += 1;
     }
-    queue.jobs.push_back(Job { step, due: Instant::now() });
+    let due = Instant::now();
+    queue.jobs.extend(steps.into_iter().map(|step| Job { step, due }));
     shared.jobs.news.notify_all();
     Ok(())
 }
 
-/// Drops all jobs and refuses others; answers with the thread, if it may be running still, to be joined.
-pub(crate) fn stop(shared: &EngineShared) -> Option<JoinHandle<()>> {
+/// Drops all jobs and refuses others; answers with the threads that may be running still, to be joined.
+pub(crate) fn stop(shared: &EngineShared) -> Vec<JoinHandle<()>> {
     let mut queue = shared.jobs.queue();
     queue.stopped = true;
-    let (jobs, thread) = (std::mem::take(&mut queue.jobs), queue.thread.take());
+    let (jobs, threads) = (std::mem::take(&mut queue.jobs), std::mem::take(&mut queue.threads));
     shared.jobs.news.notify_all();
     drop(queue);
     drop(jobs);
-    thread
+    threads
 }
 
-/// Takes turns with the steps of all jobs until there is none.
+/// Takes turns with the steps of all jobs until there is none that another thread is not at.
 fn run(shared: &Arc<EngineShared>) {
     while let Some((mut job, nudges)) = next_job(shared) {
         let next = contain(shared, || (job.step)()).unwrap_or(Next::Finished);
@@ -71,7 +79,7 @@ fn next_job(shared: &EngineShared) -> Option<(Job, u64)> {
             return queue.jobs.remove(index).map(|job| (job, nudges));
         }
         let Some(due) = queue.jobs.iter().map(|job| job.due).min() else {
-            queue.running = false;
+            queue.running -= 1;
             return None;
         };
         let waited = shared.jobs.news.wait_timeout(queue, due.saturating_duration_since(now));

@@ -164,7 +164,7 @@ fn read_one(
     if fault.write {
         add(&counters.write_faults, 1);
     }
-    fill.plan.count(counters, fill.area, fault.write);
+    fill.plan.count(counters, fill.area, fill.wanted, fault.write);
     if fill.run() {
         crew.shared.latency.record(fault.since);
         member.answered.fetch_add(1, Ordering::Relaxed);

@@ -279,6 +279,7 @@ impl EngineBuilder {
             opener,
             way,
             features: wanted,
+            fault_around: self.fault_around,
             owner_pidfd: open_pidfd(nix::unistd::getpid().as_raw())?,
             local: RwLock::new(Arc::new(Local::Owner { uffd: Arc::clone(&uffd) })),
             child: AtomicBool::new(false),

@@ -152,7 +152,7 @@ impl Resolver {
             _ => Plan::Read { run: pages },
         };
         if fault.retries == 0 {
-            plan.count(&self.shared.counters, area, fault.write);
+            plan.count(&self.shared.counters, area, first, fault.write);
         }
         match plan {
             Plan::Copy { src, .. } => self.install_huge(space, uffd, area, fault, Source::Memory(src)),

@@ -1,4 +1,4 @@
-//! Jobs in the background: what is to be done step by step, by one thread, when nothing better is to be done.
+//! Jobs in the background: what is to be done step by step when nothing better is to be done.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,9 +27,10 @@ pub(crate) struct Job {
 #[derive(Default)]
 pub(crate) struct Queue {
     pub(crate) jobs: VecDeque<Job>,
-    /// The thread was started and has not found the queue empty since.
-    pub(crate) running: bool,
-    pub(crate) thread: Option<JoinHandle<()>>,
+    /// Threads that were started and have not found the queue empty since.
+    pub(crate) running: usize,
+    /// Those, and some that have ended.
+    pub(crate) threads: Vec<JoinHandle<()>>,
     /// How often jobs were to be looked at: also the one that was not here, because a step of it ran.
     pub(crate) nudges: u64,
     /// After a shutdown nothing is taken any more.

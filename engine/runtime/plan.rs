@@ -24,12 +24,22 @@ pub(crate) enum Plan {
 }
 
 impl Plan {
-    /// Counts a fault by what its page is.
-    pub(crate) fn count(&self, all: &Counters, area: &Area<Target>, write: bool) {
+    /// Counts a fault on a page by what that is, and notes it if the vmap's working set is recorded.
+    pub(crate) fn count(&self, all: &Counters, area: &Area<Target>, pgoff: u64, write: bool) {
         let own = &*area.target.vmap.counters;
         self.counters(all, own).into_iter().for_each(|counter| add(counter, 1));
         if write {
             add(&own.write_faults, 1);
+        }
+        self.note(area, pgoff);
+    }
+
+    /// Notes a fault on a page if the vmap's working set is recorded. What can't be had is no part of it.
+    pub(crate) fn note(&self, area: &Area<Target>, pgoff: u64) {
+        if let Some(recorder) = &area.target.vmap.recorder
+            && *self != Plan::Sigbus
+        {
+            recorder.note(pgoff);
         }
     }
 

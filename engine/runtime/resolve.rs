@@ -90,10 +90,11 @@ impl Resolver {
             return self.resolve_huge(space, uffd, area, fault);
         }
         let around = if fault.alone { FaultAround::Fixed(1) } else { self.fault_around };
-        let plan = plan(around, area, area.pgoff_of(fault.addr));
+        let pgoff = area.pgoff_of(fault.addr);
+        let plan = plan(around, area, pgoff);
         match fault.retries {
             0 if fault.minor => self.count_minor(area, fault),
-            0 => plan.count(&self.shared.counters, area, fault.write),
+            0 => plan.count(&self.shared.counters, area, pgoff, fault.write),
             _ => {}
         }
         match plan {
@@ -111,6 +112,9 @@ impl Resolver {
         add(&own.faults_minor, 1);
         if fault.write {
             add(&own.write_faults, 1);
+        }
+        if let Some(recorder) = &area.target.vmap.recorder {
+            recorder.note(area.pgoff_of(fault.addr));
         }
     }
 

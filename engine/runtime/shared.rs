@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crossbeam_channel::Sender;
 
+use super::around::FaultAround;
 use super::command::Command;
 use super::handles::{HandlerHandle, KeeperHandle, Request};
 use super::jobs::Jobs;
@@ -26,6 +27,7 @@ pub(crate) struct EngineShared {
     pub(crate) opener: Opener,
     pub(crate) way: OpenWay,
     pub(crate) features: Features,
+    pub(crate) fault_around: FaultAround,
     /// Readable when the process that created the engine has exited. Children inherit it.
     pub(crate) owner_pidfd: OwnedFd,
     /// How this process reaches the engine; exchanged in a forked child.

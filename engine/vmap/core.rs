@@ -25,6 +25,8 @@ use crate::process::mapping::Mapping;
 use crate::stats::VmapCounters;
 use crate::stats::shards::Sharded;
 use crate::sys::{Ioctls, Opener, Userfault};
+use crate::working_set::Identity;
+use crate::working_set::recorder::Recorder;
 use crate::{Error, Result};
 
 pub(crate) type DerefFn = Box<dyn FnMut(&Arc<VmapCore>) + Send>;
@@ -61,6 +63,10 @@ pub(crate) struct VmapCore {
     pub(crate) residency: Residency,
     /// What its object holds is mapped by the engine, in answer to a minor fault.
     pub(crate) minor_faults: bool,
+    /// Notes which pages are faulted on, if that is recorded.
+    pub(crate) recorder: Option<Recorder>,
+    /// Tells the contents from others, if that was settled when the vmap was built.
+    pub(crate) identity: Option<Identity>,
     refcount: AtomicUsize,
     count: Mutex<Count>,
     /// Signalled when an owed callback has run or a transition closure has returned.
@@ -136,6 +142,8 @@ impl VmapCore {
             expandable,
             residency: Residency::default(),
             minor_faults: false,
+            recorder: None,
+            identity: None,
             refcount: AtomicUsize::new(0),
             count: Mutex::default(),
             settled: Condvar::new(),
@@ -202,6 +210,14 @@ impl VmapCore {
     /// The list as it is now.
     pub(crate) fn contents(&self) -> Contents {
         self.lock_contents().clone()
+    }
+
+    /// Tells the contents of the list from any others', as far as they are known: as it was named, or is now.
+    pub(crate) fn identity(&self) -> Result<Identity> {
+        match self.identity {
+            Some(identity) => Ok(identity),
+            None => self.contents().list.identity(),
+        }
     }
 
     /// How often the list was exchanged.

@@ -20,6 +20,7 @@ use std::sync::{Arc, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::{pread, pwrite};
+use sha2::{Digest, Sha256};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
@@ -33,6 +34,8 @@ use crate::runtime::threads::{self, Role};
 use crate::stats::VmapStats;
 use crate::sys::Features;
 use crate::trace::tell;
+use crate::working_set::recorder::Recorder;
+use crate::working_set::{Identity, WorkingSet};
 use crate::{Error, Result};
 use claim::Claim;
 use core::{Contents, DerefFn, VmapCore};
@@ -75,6 +78,8 @@ pub struct VmapBuilder {
     backing: Backing,
     minor_faults: bool,
     page: PageSize,
+    records: bool,
+    name: Option<Vec<u8>>,
     failure_policy: FailurePolicy,
     on_read_failed: Option<FailedFn>,
 }
@@ -91,6 +96,8 @@ impl VmapBuilder {
             backing: Backing::default(),
             minor_faults: false,
             page: PageSize::default(),
+            records: false,
+            name: None,
             failure_policy: FailurePolicy::default(),
             on_read_failed: None,
         }
@@ -199,9 +206,34 @@ impl VmapBuilder {
         self
     }
 
+    /// Records from the start which pages are faulted on, in any process, for [`Vmap::working_set`].
+    ///
+    /// A fault takes an atomic operation more. It takes memory: a bit for each page of the list, and 8 bytes for each of the
+    /// first 2^20 of them.
+    #[must_use]
+    pub fn record_working_set(mut self) -> Self {
+        self.records = true;
+        self
+    }
+
+    /// Names the contents of the list: a digest of the image, say, or its version. Working sets of vmaps with other names are
+    /// refused by [`Region::replay`](crate::Region::replay).
+    ///
+    /// Unless set, lists are told apart by how they are put together, by the size and the time of the last change of their
+    /// files, and by what their sources say ([`PageSource::identity`](crate::PageSource::identity)). Of memory nothing is known
+    /// but its length.
+    #[must_use]
+    pub fn identity(mut self, name: impl Into<Vec<u8>>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
     /// Publishes the list.
     ///
     /// # Errors
+    ///
+    /// With [`VmapBuilder::record_working_set`]: [`Error::Invalid`] for a list of more than 2^30 pages, or a vmap that is
+    /// [`expandable`](VmapBuilder::expandable); [`Error::Sys`] with `ENOMEM`, or when a file of the list can't be examined.
     ///
     /// With huge pages: [`Error::HugePages`] (`ENOMEM`) when the pool has too few, or (`ENODEV`) when the kernel has none of
     /// that size; [`Error::Misaligned`] for a hole that is not whole huge pages; [`Error::Unsupported`] without the feature
@@ -216,14 +248,27 @@ impl VmapBuilder {
     /// [`Delivery::InThread`](crate::Delivery::InThread), as for huge pages there; [`Error::Overflow`] when the list has more bytes than a file can; [`Error::Sys`] with `EMFILE` or `ENOMEM`.
     pub fn build(self) -> Result<Vmap> {
         let VmapBuilder {
-            shared, list, on_deref, user_data, expandable, residency, backing, minor_faults, page, ..
+            shared,
+            list,
+            on_deref,
+            user_data,
+            expandable,
+            residency,
+            backing,
+            minor_faults,
+            page,
+            records,
+            name,
+            failure_policy,
+            on_read_failed,
         } = self;
         owner_only(&shared, "publishing a vmap")?;
-        self.failure_policy.validate()?;
+        failure_policy.validate()?;
         let backing = if minor_faults { backing_of_minor_faults(&shared, backing)? } else { backing };
         refuse_unrecognised(&shared, &list)?;
         refuse_own_memory(&list)?;
         page.check_list(&list, shared.features)?;
+        let recorder = if records { Some(recorder_of(&list, expandable)?) } else { None };
         let (id, notices) = (shared.new_vmap_id(), shared.notices.clone());
         let shown = match backing {
             Backing::Copied => None,
@@ -237,6 +282,12 @@ impl VmapBuilder {
             }
             Backing::Shared => Some(shown_itself(&list, expandable)?),
             Backing::SharedIfPossible => shown_itself(&list, expandable).ok(),
+        };
+        // What a memfd that is shown does not hold takes the place of its list.
+        let identity = match name {
+            Some(name) => Some(named(&name)),
+            None if records || shown.is_some() => Some(list.identity()?),
+            None => None,
         };
         let (published, claim) = match shown {
             Some((object, claim)) => {
@@ -259,10 +310,11 @@ impl VmapBuilder {
             });
         }
         let mut core = VmapCore::new(&shared.opener, id, published, expandable, on_deref, user_data, notices)?;
+        (core.recorder, core.identity) = (recorder, identity);
         core.residency = residency;
         core.minor_faults = minor_faults;
-        core.failure_policy = self.failure_policy;
-        core.failures = Failures::new(self.on_read_failed);
+        core.failure_policy = failure_policy;
+        core.failures = Failures::new(on_read_failed);
         // After the pool was asked: of the largest pages, it is much memory.
         crate::runtime::huge::provide(&shared, page)?;
         let core = Arc::new(core);
@@ -271,6 +323,23 @@ impl VmapBuilder {
         tell!(DEBUG, "kiomap::vmap", "published", engine = shared.id, vmap = core.id, nr_pages = core.nr_pages());
         Ok(Vmap { core, shared })
     }
+}
+
+/// Makes what records the working set of a list.
+fn recorder_of(list: &Kiobuf, expandable: bool) -> Result<Recorder> {
+    if expandable {
+        return Err(Error::Invalid {
+            what: "the capacity in pages of a vmap whose working set is recorded",
+            value: list.nr_pages(),
+            rule: "it can't be expandable: a working set belongs to a list of a certain length",
+        });
+    }
+    Recorder::new(list.nr_pages())
+}
+
+/// The identity of contents that the application has named.
+fn named(name: &[u8]) -> Identity {
+    Sha256::new_with_prefix(b"named").chain_update(name).finalize().into()
 }
 
 /// The backing of a vmap whose minor faults are the engine's to answer: no other has any.
@@ -387,6 +456,27 @@ impl Vmap {
     /// In a forked child they are those of the moment of the fork.
     pub fn stats(&self) -> VmapStats {
         self.core.counters.snapshot()
+    }
+
+    /// Returns the pages that were faulted on so far, in any process, in the order of their first faults, to be
+    /// [saved](WorkingSet::save) and [replayed](crate::Region::replay) at the next start.
+    ///
+    /// Pages that came along with others, or by populating, are not in it; nor are holes. Recording goes on: take it when
+    /// what shall be quick at the next start is done. It has at most 2^24 pages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when it is not [recorded](VmapBuilder::record_working_set); [`Error::NotOwner`] in a forked child.
+    pub fn working_set(&self) -> Result<WorkingSet> {
+        if self.shared.is_child() {
+            return Err(Error::NotOwner { what: "taking a working set" });
+        }
+        let recorder = self.core.recorder.as_ref().ok_or(Error::Invalid {
+            what: "the id of the vmap whose working set was asked for",
+            value: self.core.id,
+            rule: "it must have been built with record_working_set",
+        })?;
+        Ok(WorkingSet::new(recorder.pages(), self.nr_pages(), self.core.identity()?))
     }
 
     /// Tells whether pages may be swapped out, as the vmap was built.

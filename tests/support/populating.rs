@@ -1,6 +1,8 @@
 //! What tests of populating have in common: ranges and marks, and a populating among everything that may come between.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 use kiomap::{AttachOptions, Engine, Error, Kiobuf, Region, Revoke, Vmap, page_size};
 
@@ -65,4 +67,19 @@ pub(crate) fn populate_amid_trouble(engine: &Engine, nr_pages: u64, cut_pages: u
         });
     });
     (vmap, region)
+}
+
+/// The pages of a region that are mapped in this process, as the kernel's page table has them.
+pub(crate) fn mapped(region: &Region) -> u64 {
+    mapped_of(region, 0..(region.len_bytes() / page_size()) as u64)
+}
+
+/// As [`mapped`], of these pages of the region.
+pub(crate) fn mapped_of(region: &Region, pages: Range<u64>) -> u64 {
+    const PRESENT: u64 = 1 << 63;
+    let first = (region.as_ptr() as usize / page_size()) as u64 + pages.start;
+    let mut entries = vec![0; (pages.end - pages.start) as usize * size_of::<u64>()];
+    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first * size_of::<u64>() as u64).unwrap();
+    let entries = entries.as_chunks().0.iter().copied().map(u64::from_ne_bytes);
+    entries.filter(|entry| entry & PRESENT != 0).count() as u64
 }

@@ -1,5 +1,6 @@
 //! Tests of the page list as its users and the engine see it.
 
+mod layers;
 mod locking;
 mod mapping;
 mod model;

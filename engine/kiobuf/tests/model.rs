@@ -6,7 +6,7 @@ use super::*;
 
 /// A part of a list, small enough to model page by page. Lengths are in bytes but for `Zero` and `Hole`.
 #[derive(Debug, Clone)]
-enum Part {
+pub(super) enum Part {
     Slice { head: usize, len: usize },
     Bytes { len: usize },
     Arena { nr_pages: usize },
@@ -17,9 +17,9 @@ enum Part {
     Hole { nr_pages: usize },
 }
 
-type Model = Vec<Option<Vec<u8>>>;
+pub(super) type Model = Vec<Option<Vec<u8>>>;
 
-fn part() -> impl Strategy<Value = Part> {
+pub(super) fn part() -> impl Strategy<Value = Part> {
     let page = page_size();
     // Lengths at and around page boundaries come up as often as those in between.
     let len =
@@ -42,7 +42,7 @@ fn pages(bytes: &[u8], head: usize) -> Model {
 }
 
 /// Builds a part and its model.
-fn build(part: &Part, seed: u64) -> (Kiobuf, Model) {
+pub(super) fn build(part: &Part, seed: u64) -> (Kiobuf, Model) {
     let page = page_size();
     let bytes = pattern(8 * page, seed);
     match *part {
@@ -72,7 +72,7 @@ fn build(part: &Part, seed: u64) -> (Kiobuf, Model) {
 }
 
 /// Checks a whole run of pages at once, as fault-around uses it.
-fn check_run(kiobuf: &Kiobuf, pgoff: u64, model: &Model) {
+pub(super) fn check_run(kiobuf: &Kiobuf, pgoff: u64, model: &Model) {
     let expected = |run: &Range<u64>| -> Vec<u8> {
         assert!(run.contains(&pgoff) && run.end <= model.len() as u64);
         (run.start..run.end).flat_map(|at| model[at as usize].clone().expect("a run has no hole")).collect()
