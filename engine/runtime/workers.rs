@@ -189,7 +189,6 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
             vmap = job.subject.vmap.id,
             page = job.pages.start,
             nr_pages = job.pages.end - job.pages.start,
-            generation = job.generation,
             why = format!("{_why:?}")
         );
     }
