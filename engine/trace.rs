@@ -16,7 +16,7 @@
 //! | `kiomap::process` | WARN | a forked process could not have its regions |
 //! | `kiomap::callback` | DEBUG | a deref callback has run |
 //! | `kiomap::callback` | ERROR | it panicked |
-//! | `kiomap::source` | WARN | a worker could not read pages |
+//! | `kiomap::source` | WARN | a worker could not read pages; they were given up; no more workers can be started |
 //! | `kiomap::stray` | DEBUG | an address was looked up that no event told of |
 //! | `kiomap::trace` | WARN | events were lost |
 

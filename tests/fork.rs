@@ -290,18 +290,19 @@ fn a_fork_from_a_page_source_is_served() {
     needs_sources!();
     alone("a_fork_from_a_page_source_is_served", || {
         let engine = engine_builder().fault_around_pages(1).workers(2).build().unwrap();
-        let memory = engine.vmap(&pages(8)).unwrap();
+        let memory = engine.vmap(&pages(16)).unwrap();
         let region = memory.attach(&AttachOptions::new()).unwrap();
         let source = Arc::new(Forking { region, outcome: AtomicUsize::new(0) });
         let mut list = kiomap::Kiobuf::new();
-        list.map_source(Arc::clone(&source) as Arc<dyn PageSource>, 8 * page_size() as u64).unwrap();
+        list.map_source(Arc::clone(&source) as Arc<dyn PageSource>, 16 * page_size() as u64).unwrap();
         let vmap = engine.vmap(&list).unwrap();
         let forked = vmap.attach(&AttachOptions::new()).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 let forked = &forked;
                 scope.spawn(move || {
-                    for page in [thread, thread + 4] {
+                    // None is next to another, with which it might be read.
+                    for page in [2 * thread, 2 * thread + 8] {
                         assert_eq!(touch::read(at(forked, page)), Ok(mark(page)));
                     }
                 });

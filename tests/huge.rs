@@ -172,18 +172,24 @@ fn huge_pages_of_zeros_are_zeros() {
     });
 }
 
-/// A source is asked for a whole huge page, by a worker; one that fails makes all of the huge page a SIGBUS and no other.
+/// A source is asked for a whole huge page, by a worker; one that fails makes all of the huge page a SIGBUS and no other, until
+/// it is asked again and has it.
 #[test]
 fn a_source_that_fails_refuses_the_whole_huge_page() {
     needs_sources!();
     with_pool("a_source_that_fails_refuses_the_whole_huge_page", || {
         let engine = engine();
-        let calls = Arc::new(AtomicUsize::new(0));
-        let counted = Arc::clone(&calls);
+        let (calls, failing) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(true)));
+        let (counted, fails) = (Arc::clone(&calls), Arc::clone(&failing));
         let bad = per_huge() + 100;
         let list = source(3 * per_huge(), move |first, nr_pages| {
             counted.fetch_add(1, Ordering::Relaxed);
-            if (first..first + nr_pages as u64).contains(&bad) { Err(std::io::Error::other("no")) } else { Ok(()) }
+            let fails = fails.load(Ordering::Relaxed);
+            if fails && (first..first + nr_pages as u64).contains(&bad) {
+                Err(std::io::Error::other("no"))
+            } else {
+                Ok(())
+            }
         });
         let (vmap, region) = attached(&engine, &list);
         assert_marked(&region, 2 * per_huge()..3 * per_huge());
@@ -191,12 +197,20 @@ fn a_source_that_fails_refuses_the_whole_huge_page() {
             assert_sigbus(&region, page);
         }
         assert_marked(&region, 0..per_huge());
-        assert_eq!(calls.load(Ordering::Relaxed), 3);
+        // The bad one is tried three times.
+        assert_eq!(calls.load(Ordering::Relaxed), 5);
         let stats = settled_stats(&engine);
-        assert_eq!((stats.worker_reads, stats.source_errors), (3, 1));
+        assert_eq!((stats.worker_reads, stats.source_errors), (5, 1));
         let refused = vmap.read_at(bad * page_size() as u64, &mut [0]).unwrap_err();
         assert!(matches!(&refused, Error::NoPage { pgoff, .. } if *pgoff == bad), "{refused}");
         assert_nobody_waits(&engine);
+        if engine.features().contains(Features::POISON) {
+            assert!(matches!(vmap.retry(bad..bad + 1), Err(Error::NoPage { .. })));
+            assert_sigbus(&region, bad);
+            failing.store(false, Ordering::Relaxed);
+            vmap.retry(bad..bad + 1).unwrap();
+            assert_marked(&region, 0..3 * per_huge());
+        }
     });
 }
 

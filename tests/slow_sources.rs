@@ -1,4 +1,5 @@
 //! Pages that come slowly: how many reads are made and at once, whom they hold up, and what becomes of those that fail.
+#![allow(clippy::single_range_in_vec_init, reason = "lists of page ranges, some of one")]
 
 mod support;
 
@@ -77,6 +78,8 @@ fn eight_reads_are_in_flight_and_memory_is_served_meanwhile() {
             assert_eq!(held.inside(), (8, 8));
             held.open();
         });
+        // Nobody has looked again and again whether a page is there.
+        assert_eq!(settled_stats(&engine).parked, 0);
     });
 }
 
@@ -249,7 +252,7 @@ fn a_read_that_nobody_waits_for_is_not_made() {
             let first = touches(scope, &engine, &region, 0);
             source.wait_for_inside(1);
             let before = engine.stats().faults;
-            let killed = child(|| drop(read_page(&region, 20)));
+            let killed = child(|| panic!("{:?}", read_page(&region, 20)));
             eventually("the child's fault", || engine.stats().faults > before);
             engine.settle().unwrap();
             kill_and_reap(killed);

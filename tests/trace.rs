@@ -105,6 +105,7 @@ fn a_source_that_fails_is_told() {
         let (_vmap, region) = attached(&engine, &source(4, |_, _| Err(std::io::ErrorKind::Other.into())));
         support::assert_sigbus(&region, 2);
         notes.wait_for("WARN kiomap::source message=could not be read engine=1 vmap=1 page=2 nr_pages=1 why=");
+        notes.wait_for("WARN kiomap::source message=given up engine=1 vmap=1 page=2 nr_pages=1 tries=3 why=");
     });
 }
 

@@ -58,11 +58,12 @@ fn a_page_that_arrives_late_is_not_put_into_a_newer_area() {
     alone("a_page_that_arrives_late_is_not_put_into_a_newer_area", || {
         let engine = engine_builder().fault_around_pages(4).build().unwrap();
         let gated = GatedSource::new();
-        let slow = engine.vmap(&gated.list(16)).unwrap();
         // The same source, other pages, so that the bytes tell them apart.
         let other = engine.vmap(&gated.list(64)).unwrap();
         for _ in 0..20 {
             gated.shut();
+            // What arrives late is its vmap's all the same, and there the next time.
+            let slow = engine.vmap(&gated.list(16)).unwrap();
             // Where nobody else maps anything: the address must be free again for the newer area.
             let region = slow.attach(&AttachOptions::new().at(0x1000_0000_0000)).unwrap();
             let (addr, len) = (region.as_ptr() as usize, region.len_bytes());

@@ -801,10 +801,13 @@ impl Handler {
                 self.end_outdated_reads(vmap, generation);
                 reply.answer(());
             }
-            Command::Read { subject, generation, pages, reply } => {
-                if !self.retired {
-                    self.resolver.ask_for(subject, generation, pages, reply);
-                }
+            Command::Read { subject, generation, pages, reply } if !self.retired => {
+                self.resolver.ask_for(subject, generation, pages, reply);
+            }
+            Command::Read { subject, reply, .. } => {
+                // The asker keeps what it refers to as long as it waits.
+                drop(subject);
+                drop(reply);
             }
             Command::Heal { vmap, pages, reply } => reply.answer(self.heal(vmap, &pages)),
             Command::View { mut view, reply } => {

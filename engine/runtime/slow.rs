@@ -41,6 +41,7 @@ pub(crate) struct Slow {
 }
 
 /// What became of the next read.
+#[allow(clippy::large_enum_variant, reason = "a box would be allocated")]
 pub(crate) enum Next {
     /// A worker is at it.
     Made,

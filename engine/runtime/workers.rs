@@ -116,8 +116,8 @@ impl Pool {
         match started {
             Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
             Err(error) => {
+                // Not told: it would be asked for again at once. It is when a read has ended.
                 self.roll.refused.fetch_add(1, Ordering::Release);
-                self.bell.ring();
                 return Err(error);
             }
         }
@@ -189,7 +189,6 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
             vmap = job.subject.vmap.id,
             page = job.pages.start,
             nr_pages = job.pages.end - job.pages.start,
-            generation = job.generation,
             why = format!("{_why:?}")
         );
     }

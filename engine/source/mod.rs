@@ -24,13 +24,15 @@ pub const GRANULE_MAX_BYTES: usize = 4 << 20;
 pub trait PageSource: Send + Sync + 'static {
     /// Fills all of `buf` with the source's bytes from `offset_bytes` on.
     ///
-    /// The offset is a multiple of the page size, and so is the length of `buf` except at the end of the source. Called
-    /// on a worker thread of the engine, from several at a time; it may block, but must not touch memory of the same
-    /// engine that is still missing.
+    /// The offset is a multiple of the page size, and so is the length of `buf` except at the end of the list. Called
+    /// on a worker thread of the engine, from several at a time ([`EngineBuilder::workers`](crate::EngineBuilder::workers)), or on
+    /// a thread that fills pages itself; it may block, but must not touch memory of the same engine that is still missing.
     ///
     /// # Errors
     ///
-    /// Any error, and a panic likewise, makes the touch that waits for these pages a SIGBUS.
+    /// Any error, and a panic likewise, is a failure: the read is tried again or given up as the vmap's
+    /// [`FailurePolicy`](crate::FailurePolicy) says, and what was written to `buf` is thrown away. A source that finds that
+    /// its bytes are wrong (a checksum, a length) must say so here: what it calls right is shown.
     fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> io::Result<()>;
 
     /// Returns how many bytes the source holds, if it knows: a list of more is refused.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::core::Contents;
 use super::window::{Window, is_resident};
 use super::{Vmap, owner_only, refuse_nested};
-use crate::kiobuf::Kiobuf;
+use crate::kiobuf::{Kiobuf, ReadUnit};
 use crate::runtime::command::{Changing, Command};
 use crate::runtime::patience::Patience;
 use crate::runtime::reads::Subject;
@@ -54,7 +54,7 @@ impl Vmap {
         for failed in self.core.failures.take(pages) {
             let mut start = failed.start;
             while start < failed.end {
-                let step = start..failed.end.min(start + STEP_PAGES);
+                let step = self.step(start, failed.end);
                 start = step.end;
                 let outcome = self.retry_step(step);
                 // Of several failures, the first is told.
@@ -66,13 +66,24 @@ impl Vmap {
         first_failure
     }
 
+    /// The pages from `start` on that are read together: of huge pages, one.
+    fn step(&self, start: u64, end: u64) -> Range<u64> {
+        let page = self.core.page();
+        let first = page.first_of(start);
+        if page.is_huge() { first..first + page.base_pages() } else { start..end.min(start + STEP_PAGES) }
+    }
+
     /// Reads and maps a few pages; notes again what can't be had.
     fn retry_step(&self, pages: Range<u64>) -> Result<()> {
         let contents = self.core.contents();
         let Contents { list, window: Some(window), .. } = &contents else { return Ok(()) };
-        let mut outcome = self.read_missing(&contents, window, pages.clone());
-        if outcome.is_err() {
-            outcome = self.read_one_by_one(&contents, list, window, &pages);
+        // What is behind the end of the list needs no reading.
+        let held = pages.start..pages.end.min(list.nr_pages());
+        let mut outcome = self.read_missing(&contents, window, held.clone());
+        if outcome.is_err() && !self.core.page().is_huge() {
+            outcome = self.read_one_by_one(&contents, list, window, &held);
+        } else if outcome.is_err() {
+            self.core.failures.note(held);
         }
         let healed = self.heal(&pages);
         if healed.is_err() {
@@ -86,11 +97,7 @@ impl Vmap {
         let mut outcome = Ok(());
         let mut at = pages.start;
         while at < pages.end {
-            let unit = match (self.core.page().is_huge(), list.read_unit(at)) {
-                (true, _) => self.core.page().first_of(at)..window.page_end(at).min(list.nr_pages()),
-                (false, Some(unit)) => unit.pages,
-                (false, None) => break,
-            };
+            let Some(ReadUnit { pages: unit, .. }) = list.read_unit(at) else { break };
             at = unit.end;
             if let Err(error) = self.read_missing(contents, window, unit.clone()) {
                 self.core.failures.note(unit);

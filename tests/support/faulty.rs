@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use kiomap::PageSource;
+use kiomap::{AttachOptions, Engine, Error, FailurePolicy, Features, Kiobuf, PageSource, Region, page_size};
 
 use super::scene::Rng;
+use super::{in_page, read_page};
 
 /// How often each of the failures is met, in a thousand reads.
 #[derive(Debug, Clone, Copy, Default)]
@@ -85,7 +86,8 @@ impl<S: PageSource> PageSource for Faulty<S> {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         if meets(short, 2) {
-            let half = buf.len() / 2;
+            // Whole pages, as a source is asked for.
+            let half = buf.len() / 2 / page_size() * page_size();
             self.inner.read_at(offset_bytes, &mut buf[..half])?;
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -124,4 +126,81 @@ impl<S: PageSource> PageSource for Faulty<S> {
     fn identity(&self) -> Option<Vec<u8>> {
         self.inner.identity()
     }
+}
+
+/// Reads a whole page, if it can be had: what is there must be right in every byte.
+fn check(region: &Region, page: u64, seed: u64, is_right: &impl Fn(u64, &[u8]) -> bool) -> bool {
+    if let Err(refused) = read_page(region, page) {
+        assert!(refused.is_sigbus_at(in_page(region, page) as usize), "seed {seed}, page {page}: {refused:?}");
+        return false;
+    }
+    let mut bytes = vec![0; page_size()];
+    region.read_at(page as usize * page_size(), &mut bytes).unwrap();
+    assert!(is_right(page, &bytes), "seed {seed}, page {page} has wrong bytes");
+    true
+}
+
+/// Publishes the first pages of a source with failures chosen by a seed, and touches them from three threads, which also ask
+/// for pages again: whatever they see is right, or SIGBUS. In the end the source is itself again, and all of it must be had.
+/// Answers how many touches were refused.
+pub(crate) fn seeded_run(
+    engine: &Engine,
+    seed: u64,
+    inner: impl PageSource,
+    nr_pages: u64,
+    is_right: impl Fn(u64, &[u8]) -> bool + Sync,
+) -> u64 {
+    let mut rng = Rng::new(!seed);
+    let mut odds = |most| if rng.below(3) == 0 { 0 } else { rng.below(most) };
+    let odds = Odds {
+        errors: odds(200),
+        short: odds(150),
+        corrupt: odds(150),
+        panics: odds(100),
+        slow: odds(200),
+        // Each takes as long as the deadline.
+        stalls: odds(15),
+    };
+    let policy = FailurePolicy::default()
+        .retries(rng.below(3) as u32)
+        .backoff(Duration::from_micros(rng.below(800)))
+        .deadline(Duration::from_millis(10 + rng.below(30)));
+    let source = Arc::new(Faulty::new(inner, seed, odds));
+    let mut list = Kiobuf::new();
+    list.map_source(Arc::clone(&source) as Arc<dyn PageSource>, nr_pages * page_size() as u64).unwrap();
+    let vmap = engine.vmap_builder(&list).failure_policy(policy).build().unwrap();
+    let regions = [0; 2].map(|_| vmap.attach(&AttachOptions::new()).unwrap());
+    let touches = 10 + rng.below(20);
+    let refused = std::thread::scope(|scope| {
+        let toucher = |toucher: u64| {
+            let (region, vmap, is_right) = (&regions[toucher as usize % 2], &vmap, &is_right);
+            scope.spawn(move || {
+                let mut rng = Rng::new(seed.wrapping_mul(7) + toucher);
+                let mut refused = 0;
+                for _ in 0..touches {
+                    refused += u64::from(!check(region, rng.below(nr_pages), seed, is_right));
+                    if rng.below(20) == 0 {
+                        let start = rng.below(nr_pages);
+                        // It may fail again, as any touch.
+                        let _ = vmap.retry(start..start + 4);
+                    }
+                }
+                refused
+            })
+        };
+        let touchers: Vec<_> = (0..3).map(toucher).collect();
+        touchers.into_iter().map(|toucher| toucher.join().unwrap()).sum()
+    });
+    source.calm();
+    if engine.features().contains(Features::POISON) {
+        // What has stalled may be late for a while.
+        while let Err(error) = vmap.retry(0..nr_pages) {
+            assert!(matches!(error, Error::NoPage { .. }), "seed {seed}: {error}");
+        }
+        for region in &regions {
+            let had = (0..nr_pages).all(|page| check(region, page, seed, &is_right));
+            assert!(had, "seed {seed}: a page is refused still");
+        }
+    }
+    refused
 }
