@@ -47,7 +47,7 @@ enum Command {
         /// Level of compression, from 1 to 22
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
         level: i32,
-        /// Bytes of a frame, which a touch decompresses: a power of two from 4K to 16M
+        /// Bytes of a frame, which a touch decompresses: a power of two from 4K to 4M
         #[arg(long, default_value = "128K", value_parser = parse_size)]
         frame: usize,
     },

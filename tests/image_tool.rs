@@ -96,6 +96,26 @@ fn images_of_both_kinds_hold_the_file() {
     assert_eq!(names(folder.path()), ["file", "plain", "zstd"]);
 }
 
+/// The tool explains itself, and what it does not understand is told.
+#[test]
+fn the_tool_explains_itself() {
+    for (command, option) in
+        [(&["--help"][..], "check"), (&["make", "--help"], "--frame"), (&["info", "--help"], "--json")]
+    {
+        assert!(success(command).contains(option), "{command:?}");
+    }
+    for wrong in [
+        &["unmake"][..],
+        &["make", "one"],
+        &["make", "a", "b", "--frame", "12X"],
+        &["make", "a", "b", "--format", "zip"],
+    ] {
+        let output = run(&program(), wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(!output.stderr.is_empty(), "{wrong:?}");
+    }
+}
+
 /// What can't be made into an image, or not there, is told in a line; nothing is left, and nothing is overwritten.
 #[test]
 fn what_cant_be_made_leaves_nothing() {

@@ -73,7 +73,7 @@ fn a_file_that_is_truncated_under_its_source_is_sigbus() {
             let (_vmap, region) = attached(&engine, &list_of(source));
             OpenOptions::new().write(true).open(&path).unwrap().set_len(17 * page_size() as u64 + 100).unwrap();
             assert_eq!(right_or_sigbus(&region, &bytes), (17, 23));
-            assert_eq!(settled_stats(&engine).source_errors, 23);
+            assert!(settled_stats(&engine).source_errors >= 23);
         }
     });
 }
@@ -103,7 +103,7 @@ fn what_is_no_file_of_bytes_is_refused() {
         let refused = FileSource::new(file, &options).unwrap_err();
         assert!(matches!(refused, Error::Invalid { what: "the file's open mode", .. }), "{refused}");
     }
-    for granule in [0, 1, page_size() - 1, page_size() / 2, 3 * page_size()] {
+    for granule in [0, 1, page_size() - 1, page_size() / 2, 3 * page_size(), 8 << 20] {
         let refused = FileSource::open(&path, &options.clone().granule_bytes(granule)).unwrap_err();
         assert!(matches!(refused, Error::Invalid { value, .. } if value == granule as u64), "{refused}");
     }
@@ -192,7 +192,8 @@ fn a_reader_that_ends_early_or_panics_is_sigbus_there() {
         let (_vmap, region) = attached(&engine, &list_of(ReadSource::new(reader).unwrap()));
         // Page 5 panics; 12 to 19 end early.
         assert_eq!(right_or_sigbus(&region, &bytes), (11, 9));
-        assert_eq!(settled_stats(&engine).panics, 1);
+        // It may be asked again.
+        assert!(settled_stats(&engine).panics >= 1);
         assert!(reads.load(Ordering::Relaxed) > 20);
     });
 }

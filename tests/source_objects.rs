@@ -18,7 +18,7 @@ use kiomap::object_store::{ObjectStore, ObjectStoreExt};
 use kiomap::{Error, Kiobuf, ObjectOptions, ObjectSource, PageSource, SourceFault, page_size};
 use nix::errno::Errno;
 use support::contents::{assert_holds, contents, right_or_sigbus};
-use support::web::{Manners, Web};
+use support::web::{Manners, NOTHING, STRONG, TIMES, WEAK, Web};
 use support::{
     DEADLINE, alone, attached, engine_builder, eventually, fork_child, mark, reap_ok, settled_stats, threads,
 };
@@ -187,7 +187,9 @@ fn a_bad_server_gives_right_bytes_or_sigbus_in_time() {
                     let web = Web::serve(bytes.clone());
                     // Time for what is tried again, or no more than it takes.
                     let deadline = Duration::from_millis(if *right { 20_000 } else { 700 });
-                    let source = ObjectSource::open(&web.url(), &ObjectOptions::new().deadline(deadline)).unwrap();
+                    // Each page by a request of its own, whatever an engine reads at once.
+                    let options = ObjectOptions::new().granule_bytes(page_size());
+                    let source = ObjectSource::open(&web.url(), &options.deadline(deadline)).unwrap();
                     let engine = engine_builder().fault_around_pages(1).build().unwrap();
                     let (_vmap, region) = attached(&engine, &list_of(source));
                     for page in [3, 40, 63] {
@@ -208,6 +210,33 @@ fn a_bad_server_gives_right_bytes_or_sigbus_in_time() {
                 });
             }
         });
+    });
+}
+
+/// However a server tells one object from another, one that takes the place of the first is SIGBUS; one that tells nothing is
+/// refused.
+#[test]
+fn an_object_is_told_from_another_by_whatever_there_is() {
+    needs_sources!();
+    alone("an_object_is_told_from_another_by_whatever_there_is", || {
+        let (bytes, options) = (contents(48 * page_size(), 41), ObjectOptions::new().deadline(Duration::from_secs(20)));
+        let mut identities = Vec::new();
+        for names in [STRONG, WEAK, TIMES] {
+            let web = Web::serve_told_by(names, bytes.clone());
+            let source = ObjectSource::open(&web.url(), &options.clone().granule_bytes(page_size())).unwrap();
+            identities.push(source.identity().unwrap());
+            let engine = engine_builder().fault_around_pages(1).build().unwrap();
+            let (_vmap, region) = attached(&engine, &list_of(source));
+            for page in 0..10 {
+                assert!(support::read_page(&region, page).is_ok(), "{names:?}");
+            }
+            web.behave(&[Manners::Other]);
+            assert_eq!(right_or_sigbus(&region, &bytes), (10, 38), "{names:?}");
+        }
+        identities.dedup();
+        assert_eq!(identities.len(), 3, "{identities:?}");
+        let web = Web::serve_told_by(NOTHING, bytes);
+        assert_eq!(fault(&refusal(&web.url(), &options)), SourceFault::Unsupported);
     });
 }
 
@@ -250,6 +279,7 @@ fn what_cant_be_opened_is_refused() {
         (refusal(&format!("http://{closed}/object"), &options), vec![io, SourceFault::TimedOut]),
         (refusal(&format!("http://{}/object", silent.local_addr().unwrap()), &options), vec![SourceFault::TimedOut]),
         (refusal("s3://bucket/key", &s3.clone().set("no_such_setting", "1")), vec![SourceFault::NotThatFormat]),
+        (refusal("s3://bucket/key", &s3.clone().set("timeout", "soon")), vec![io]),
     ];
     for (refused, expected) in cases {
         assert!(expected.contains(&fault(&refused)), "{refused}");
@@ -268,13 +298,40 @@ fn what_cant_be_opened_is_refused() {
     assert!(refused.to_string().contains("AWS_ACCESS_KEY_ID"), "{refused}");
 }
 
-/// A URL's password and signature are not told to whoever reads an error.
+/// On a machine that trusts no certificates, a store is refused with the cause, unless it is to do without.
+#[test]
+fn a_machine_without_certificates_is_told() {
+    const INNER: &str = "KIOMAP_TEST_NO_CERTIFICATES";
+    if std::env::var_os(INNER).is_none() {
+        // Where they are is read from the environment, which must not be changed under other threads.
+        let outcome = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["a_machine_without_certificates_is_told", "--exact"])
+            .envs([("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent"), (INNER, "1")])
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&outcome.stdout);
+        assert!(outcome.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
+    let web = Web::serve(vec![7; 10_000]);
+    let options = ObjectOptions::new().deadline(Duration::from_secs(20));
+    let refused = refusal(&web.url(), &options).to_string();
+    assert!(refused.contains("certificates"), "{refused}");
+    let source = ObjectSource::open(&web.url(), &options.set("disable_system_certificates", "true")).unwrap();
+    let mut bytes = [0; 100];
+    source.read_at(4096, &mut bytes).unwrap();
+    assert_eq!(bytes, [7; 100]);
+}
+
+/// A URL's password and signature, and what settings hold, are not told to whoever reads an error or a log.
 #[test]
 fn errors_keep_secrets() {
     let options = ObjectOptions::new().deadline(Duration::from_millis(300));
     let refused = refusal("http://user:hunter2@127.0.0.1:1/object?signature=hunter3", &options).to_string();
     assert!(refused.starts_with("http://user@127.0.0.1:1/object: "), "{refused}");
     assert!(!refused.contains("hunter"), "{refused}");
+    let options = format!("{:?}", options.set("aws_secret_access_key", "hunter4"));
+    assert!(options.contains("aws_secret_access_key") && !options.contains("hunter"), "{options}");
 }
 
 /// Reads of one object go on side by side, as many as there are callers.

@@ -100,7 +100,8 @@ impl Kiobuf {
     /// Maps the bytes `range.start..range.end` of a regular file or a block device; they are read when they are touched.
     ///
     /// The descriptor is duplicated, so that `file` may be closed. The data starts on a page boundary of the list, whatever
-    /// `range.start` is. If the file is truncated later, what is gone is a SIGBUS.
+    /// `range.start` is. If the file is truncated later, what is gone is a SIGBUS. What the page cache holds is brought without
+    /// a worker. For `O_DIRECT`, hints to the kernel or larger reads there is [`FileSource`](crate::FileSource).
     ///
     /// # Errors
     ///

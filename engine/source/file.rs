@@ -66,7 +66,7 @@ impl FileOptions {
         self
     }
 
-    /// Sets how many bytes are read at once for a touch, a power of two; a page unless set.
+    /// Sets how many bytes are read at once for a touch, a power of two from the page size to 4 MiB; a page unless set.
     #[must_use]
     pub fn granule_bytes(mut self, bytes: usize) -> Self {
         self.granule_bytes = Some(bytes);
@@ -132,7 +132,7 @@ impl FileSource {
     /// # Errors
     ///
     /// * [`Error::Invalid`] (`EINVAL`): the file is neither a regular file nor a block device, or is not open for reading;
-    ///   the granule is no power of two of at least a page.
+    ///   the granule is no power of two from the page size to 4 MiB.
     /// * [`Error::Source`]: the file is empty (`ENODATA`), or can't be read with `O_DIRECT` (`EOPNOTSUPP`).
     /// * [`Error::Sys`]: the file can't be examined.
     pub fn new(file: File, options: &FileOptions) -> Result<Self> {

@@ -14,6 +14,7 @@ mod part;
 pub(crate) mod reader;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
+
 /// The largest [granule](PageSource::granule_bytes) that a page source may have.
 pub const GRANULE_MAX_BYTES: usize = 4 << 20;
 
@@ -67,13 +68,13 @@ pub trait PageSource: Send + Sync + 'static {
     }
 }
 
-/// Checks what is to be a granule: a power of two of at least a page.
+/// Checks what is to be a granule.
 fn check_granule(bytes: usize) -> Result<usize> {
-    if !bytes.is_power_of_two() || bytes < page_size() {
+    if !bytes.is_power_of_two() || !(page_size()..=GRANULE_MAX_BYTES).contains(&bytes) {
         return Err(Error::Invalid {
             what: "the granule in bytes",
             value: bytes as u64,
-            rule: "it must be a power of two and at least the page size",
+            rule: "it must be a power of two from the page size to 4 MiB",
         });
     }
     Ok(bytes)

@@ -29,7 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "10 seconds")];
 
 /// Says how an [`ObjectSource`] reads.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ObjectOptions {
     granule_bytes: usize,
     deadline: Duration,
@@ -49,7 +49,7 @@ impl ObjectOptions {
         Self::default()
     }
 
-    /// Sets how many bytes are read at once for a touch, a power of two of at least a page.
+    /// Sets how many bytes are read at once for a touch, a power of two from the page size to 4 MiB.
     #[must_use]
     pub fn granule_bytes(mut self, bytes: usize) -> Self {
         self.granule_bytes = bytes;
@@ -80,7 +80,19 @@ impl ObjectOptions {
     }
 }
 
-/// Reads pages of an object by ranged reads, as many at a time as there are callers.
+impl std::fmt::Debug for ObjectOptions {
+    /// Names the settings, not their values: some are secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ObjectOptions")
+            .field("granule_bytes", &self.granule_bytes)
+            .field("deadline", &self.deadline)
+            .field("settings", &self.settings.iter().map(|(key, _)| key).collect::<Vec<_>>())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads pages of an object by ranged reads, as many at a time as there are callers: the engine's workers
+/// ([`EngineBuilder::workers`](crate::EngineBuilder::workers)).
 ///
 /// Credentials, signatures, retries and time-outs are the crate `object_store`'s. The object is the one that was opened: its
 /// size and etag are noted, every read asks for that etag, and an object that was replaced since is an error, never bytes of
@@ -138,7 +150,7 @@ impl ObjectSource {
     ///
     /// # Errors
     ///
-    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two of at least a page; the runtime has one thread only.
+    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only.
     /// * [`Error::Source`]: there is no such object (`ENOENT`) or it is empty (`ENODATA`); it may not be read, or no credentials were
     ///   found (`EACCES`); the URL or a setting is not understood (`EINVAL`); the store tells neither an etag nor a time, so that
     ///   a replaced object could not be told (`EOPNOTSUPP`); it did not answer in time (`ETIMEDOUT`); anything else (`EIO`).
@@ -157,8 +169,10 @@ impl ObjectSource {
         }
         settings.extend(environment(&scheme));
         settings.extend(options.settings.iter().cloned());
-        // The process may have chosen one: then that is used.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        if !matches!(scheme, ObjectStoreScheme::Local | ObjectStoreScheme::Memory) {
+            // The process may have chosen one: then that is used.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
         let has_credentials =
             scheme != ObjectStoreScheme::AmazonS3 || settings.iter().any(|(key, _)| is_credential(key));
         let (store, path) = parse_url_opts(&parsed, settings).map_err(|error| opening(&shown(url), &error))?;
@@ -241,7 +255,7 @@ impl PageSource for ObjectSource {
 impl std::fmt::Debug for ObjectSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ObjectSource")
-            .field("store", &self.store)
+            .field("store", &format_args!("{}", self.store))
             .field("object", &self.object)
             .field("granule_bytes", &self.granule_bytes)
             .field("deadline", &self.deadline)
@@ -280,15 +294,29 @@ fn replaced() -> io::Error {
     io::Error::new(ErrorKind::StaleNetworkFileHandle, "the object was replaced since it was opened")
 }
 
+/// Tells an error with its causes, which the library's own words leave out.
+fn told(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// Says what a read's error is.
 fn reading(error: &object_store::Error) -> io::Error {
     match error {
         object_store::Error::Precondition { .. } => replaced(),
-        object_store::Error::NotFound { .. } => io::Error::new(ErrorKind::NotFound, error.to_string()),
+        object_store::Error::NotFound { .. } => io::Error::new(ErrorKind::NotFound, told(error)),
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
-            io::Error::new(ErrorKind::PermissionDenied, error.to_string())
+            io::Error::new(ErrorKind::PermissionDenied, told(error))
         }
-        _ => io::Error::other(error.to_string()),
+        _ => io::Error::other(told(error)),
     }
 }
 
@@ -302,7 +330,7 @@ fn opening(name: &str, error: &object_store::Error) -> Error {
         Store::NotSupported { .. } | Store::NotImplemented { .. } => SourceFault::Unsupported,
         _ => SourceFault::Io(nix::errno::Errno::EIO),
     };
-    Error::Source { name: name.into(), fault, why: error.to_string() }
+    Error::Source { name: name.into(), fault, why: told(error) }
 }
 
 /// Names a URL in errors, without a password or a signature that it may hold.

@@ -38,7 +38,7 @@ impl<R: Read + Seek + Send + 'static> ReadSource<R> {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] (`EINVAL`): it is no power of two of at least a page.
+    /// [`Error::Invalid`] (`EINVAL`): it is no power of two from the page size to 4 MiB.
     pub fn with_granule_bytes(mut self, bytes: usize) -> Result<Self> {
         self.granule_bytes = check_granule(bytes)?;
         Ok(self)
@@ -105,7 +105,7 @@ impl<F: Fn(u64, &mut [u8]) -> io::Result<()> + Send + Sync + 'static> FnSource<F
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] (`EINVAL`): it is no power of two of at least a page.
+    /// [`Error::Invalid`] (`EINVAL`): it is no power of two from the page size to 4 MiB.
     pub fn with_granule_bytes(mut self, bytes: usize) -> Result<Self> {
         self.granule_bytes = check_granule(bytes)?;
         Ok(self)

@@ -68,7 +68,10 @@ pub(crate) fn alone_for(deadline: Duration, name: &str, body: impl FnOnce()) {
     assert!(out.contains("1 passed"), "no test is named {name}:\n{out}");
     // What was skipped is told by the process that skipped it.
     for line in err.lines().filter(|line| {
-        line.contains("skipped, because") || line.contains("came and went") || line.contains(" us a page")
+        line.contains("skipped, because")
+            || line.contains("came and went")
+            || line.contains(" us a page")
+            || line.contains("pages right")
     }) {
         tell(line);
     }

@@ -38,6 +38,16 @@ pub(crate) enum Manners {
     OtherSize,
 }
 
+/// The header lines by which a server tells its object from another, and what they are for the other.
+pub(crate) const STRONG: [&str; 2] = ["ETag: \"one\"\r\n", "ETag: \"two\"\r\n"];
+/// The same by an etag that promises less.
+pub(crate) const WEAK: [&str; 2] = ["ETag: W/\"one\"\r\n", "ETag: W/\"two\"\r\n"];
+/// The same by a time only.
+pub(crate) const TIMES: [&str; 2] =
+    ["Last-Modified: Sun, 06 Nov 1994 08:49:37 GMT\r\n", "Last-Modified: Sun, 06 Nov 1994 08:49:38 GMT\r\n"];
+/// Not at all.
+pub(crate) const NOTHING: [&str; 2] = [""; 2];
+
 /// A server on a port of its own.
 pub(crate) struct Web {
     pub(crate) address: SocketAddr,
@@ -47,8 +57,13 @@ pub(crate) struct Web {
 }
 
 impl Web {
-    /// Serves `bytes` to whoever asks, honestly for now.
+    /// Serves `bytes` to whoever asks, honestly for now, with an etag.
     pub(crate) fn serve(bytes: Vec<u8>) -> Web {
+        Web::serve_told_by(STRONG, bytes)
+    }
+
+    /// Serves `bytes`, told from another object by header lines.
+    pub(crate) fn serve_told_by(names: [&'static str; 2], bytes: Vec<u8>) -> Web {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let web = Web {
             address: listener.local_addr().unwrap(),
@@ -61,7 +76,7 @@ impl Web {
             for stream in listener.incoming() {
                 let (manners, gets, bytes) = (Arc::clone(&manners), Arc::clone(&gets), Arc::clone(&bytes));
                 // Whoever hangs up meanwhile is not missed.
-                std::thread::spawn(move || stream.and_then(|stream| answer(stream, &bytes, &manners, &gets)));
+                std::thread::spawn(move || stream.and_then(|stream| answer(stream, names, &bytes, &manners, &gets)));
             }
         });
         web
@@ -78,7 +93,13 @@ impl Web {
 }
 
 /// Answers one request, and closes.
-fn answer(mut stream: TcpStream, bytes: &[u8], manners: &Mutex<Vec<Manners>>, gets: &AtomicU64) -> std::io::Result<()> {
+fn answer(
+    mut stream: TcpStream,
+    [name, other_name]: [&str; 2],
+    bytes: &[u8],
+    manners: &Mutex<Vec<Manners>>,
+    gets: &AtomicU64,
+) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or(Ok(String::new()))?;
     let mut range = 0..bytes.len();
@@ -91,15 +112,14 @@ fn answer(mut stream: TcpStream, bytes: &[u8], manners: &Mutex<Vec<Manners>>, ge
             range = start.parse().unwrap()..end.parse::<usize>().unwrap() + 1;
         }
     }
-    let head = |status: &str, len: usize, etag: &str, more: &str| {
-        format!("HTTP/1.1 {status}\r\nContent-Length: {len}\r\n{etag}{more}Connection: close\r\n\r\n")
+    let head = |status: &str, len: usize, name: &str, more: &str| {
+        format!("HTTP/1.1 {status}\r\nContent-Length: {len}\r\n{name}{more}Connection: close\r\n\r\n")
     };
     let content_range = |range: &Range<usize>, size: usize| {
         format!("Content-Range: bytes {}-{}/{size}\r\n", range.start, range.end - 1)
     };
-    let etag = "ETag: \"one\"\r\n";
     if request.starts_with("HEAD") {
-        return stream.write_all(head("200 OK", bytes.len(), etag, "").as_bytes());
+        return stream.write_all(head("200 OK", bytes.len(), name, "").as_bytes());
     }
     gets.fetch_add(1, Ordering::SeqCst);
     let manners = {
@@ -112,32 +132,32 @@ fn answer(mut stream: TcpStream, bytes: &[u8], manners: &Mutex<Vec<Manners>>, ge
     // Longer than any deadline of a source here, and shorter than a test's.
     let stall = || std::thread::sleep(Duration::from_secs(20));
     match manners {
-        Manners::Honest => respond(head(partial, len, etag, &told), part),
-        Manners::Status(status) => respond(head(&format!("{status} Told So"), 0, etag, ""), &[]),
+        Manners::Honest => respond(head(partial, len, name, &told), part),
+        Manners::Status(status) => respond(head(&format!("{status} Told So"), 0, name, ""), &[]),
         Manners::Stall => {
             stall();
             Ok(())
         }
         Manners::StallWithin => {
-            respond(head(partial, len, etag, &told), &part[..len / 2])?;
+            respond(head(partial, len, name, &told), &part[..len / 2])?;
             stall();
             Ok(())
         }
-        Manners::CloseWithin => respond(head(partial, len, etag, &told), &part[..len / 2]),
+        Manners::CloseWithin => respond(head(partial, len, name, &told), &part[..len / 2]),
         Manners::Garbage => respond("\u{0}\u{1}\u{2} what?\r\n\r\n".into(), &[]),
         Manners::OtherRange => {
             let start = (range.start + 4096) % (bytes.len() - len + 1);
             let other = start..start + len;
-            respond(head(partial, len, etag, &content_range(&other, bytes.len())), &bytes[other])
+            respond(head(partial, len, name, &content_range(&other, bytes.len())), &bytes[other])
         }
-        Manners::Short => respond(head(partial, len - 1, etag, &told), &part[1..]),
-        Manners::Long => respond(head(partial, len + 1, etag, &told), &[&[0xee], part].concat()),
-        Manners::Whole => respond(head("200 OK", bytes.len(), etag, ""), bytes),
+        Manners::Short => respond(head(partial, len - 1, name, &told), &part[1..]),
+        Manners::Long => respond(head(partial, len + 1, name, &told), &[&[0xee], part].concat()),
+        Manners::Whole => respond(head("200 OK", bytes.len(), name, ""), bytes),
         Manners::Other | Manners::Nameless => {
             let other: Vec<u8> = part.iter().map(|byte| !byte).collect();
-            let etag = if manners == Manners::Other { "ETag: \"two\"\r\n" } else { "" };
-            respond(head(partial, len, etag, &told), &other)
+            let name = if manners == Manners::Other { other_name } else { "" };
+            respond(head(partial, len, name, &told), &other)
         }
-        Manners::OtherSize => respond(head(partial, len, etag, &content_range(&range, bytes.len() + 1)), part),
+        Manners::OtherSize => respond(head(partial, len, name, &content_range(&range, bytes.len() + 1)), part),
     }
 }

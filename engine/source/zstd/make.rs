@@ -6,8 +6,9 @@ use sha2::{Digest, Sha256};
 use zeekstd::SeekTable;
 use zstd_safe::{CCtx, CParameter};
 
+use super::super::GRANULE_MAX_BYTES;
 use super::map::{ImageMap, encoded_bytes};
-use super::{FRAME_MAX_BYTES, FRAMES_MAX, ZstdImage};
+use super::{FRAMES_MAX, ZstdImage};
 use crate::error::{Error, Result, SourceFault};
 use crate::page::page_size;
 
@@ -42,7 +43,7 @@ impl ZstdOptions {
         self
     }
 
-    /// Sets the bytes of a frame, a power of two from the page size to 16 MiB: what one touch decompresses. Larger ones
+    /// Sets the bytes of a frame, a power of two from the page size to 4 MiB: what one touch decompresses. Larger ones
     /// compress better.
     #[must_use]
     pub fn frame_bytes(mut self, bytes: usize) -> Self {
@@ -83,8 +84,8 @@ impl ZstdImage {
         mut progress: impl FnMut(u64),
     ) -> Result<MadeImage> {
         let &ZstdOptions { level, frame_bytes } = options;
-        if !frame_bytes.is_power_of_two() || !(page_size()..=FRAME_MAX_BYTES).contains(&frame_bytes) {
-            let rule = "it must be a power of two from the page size to 16 MiB";
+        if !frame_bytes.is_power_of_two() || !(page_size()..=GRANULE_MAX_BYTES).contains(&frame_bytes) {
+            let rule = "it must be a power of two from the page size to 4 MiB";
             return Err(Error::Invalid { what: "the bytes of a frame", value: frame_bytes as u64, rule });
         }
         if !(zstd_safe::min_c_level()..=zstd_safe::max_c_level()).contains(&level) {

@@ -12,8 +12,9 @@ use super::frames::SKIPPABLE_HEADER_BYTES;
 const MAGIC: u32 = 0x184D_2A5B;
 /// Names the format and its version.
 const NAME: [u8; 8] = *b"kiomap\x00\x01";
-/// Everything but the runs: name, length, frame size, digests of the contents and the table, number of runs; digest of it all.
-const FIXED_BYTES: usize = 8 + 8 + 4 + 32 + 32 + 4 + 32;
+/// Everything but the runs: name, length, frame size, digests of the contents and the table, number of runs; digest of it all,
+/// and the name again.
+const FIXED_BYTES: usize = 8 + 8 + 4 + 32 + 32 + 4 + 32 + 8;
 const RUN_BYTES: usize = 8;
 
 /// A map.
@@ -34,13 +35,14 @@ pub(super) fn encoded_bytes(nr_runs: usize) -> usize {
     SKIPPABLE_HEADER_BYTES + FIXED_BYTES + nr_runs * RUN_BYTES
 }
 
-/// Tells whether a frame that begins so is a map.
-pub(super) fn is_map(head: &[u8]) -> bool {
-    head.starts_with(&MAGIC.to_le_bytes()) && head[SKIPPABLE_HEADER_BYTES..].starts_with(&NAME)
+/// Tells whether a frame that begins and ends so was a map. Either is enough: an image whose map is damaged must not pass for
+/// one that has none, because nothing else vouches for its table.
+pub(super) fn is_map(head: &[u8], tail: &[u8]) -> bool {
+    head[SKIPPABLE_HEADER_BYTES..].starts_with(&NAME) || tail.ends_with(&NAME)
 }
 
-/// The bytes of a frame that [`is_map`] looks at.
-pub(super) const HEAD_BYTES: usize = SKIPPABLE_HEADER_BYTES + NAME.len();
+/// The bytes at either end of a frame that [`is_map`] looks at.
+pub(super) const END_BYTES: usize = SKIPPABLE_HEADER_BYTES + NAME.len();
 /// The longest map there is.
 pub(super) const MAX_BYTES: usize = SKIPPABLE_HEADER_BYTES + FIXED_BYTES + (FRAMES_MAX as usize / 2 + 1) * RUN_BYTES;
 
@@ -63,17 +65,20 @@ impl ImageMap {
         }
         let digest = Sha256::digest(&bytes);
         bytes.extend(digest);
+        bytes.extend(NAME);
         bytes
     }
 
     /// Reads a frame of which [`is_map`] is true.
     pub(super) fn decode(bytes: &[u8], table_digest: [u8; 32]) -> Result<ImageMap, &'static str> {
-        let Some((content, digest)) = bytes.split_last_chunk::<32>() else { return Err("its map is cut off") };
+        let Some((content, digest)) = bytes.strip_suffix(&NAME).and_then(|bytes| bytes.split_last_chunk::<32>()) else {
+            return Err("its map is cut off");
+        };
         if <[u8; 32]>::from(Sha256::digest(content)) != *digest {
             return Err("the checksum of its map is wrong");
         }
         // From here on it is what some version of this library wrote, unless somebody forged it: lengths are checked still.
-        let mut rest = content.get(HEAD_BYTES..).ok_or("its map is cut off")?;
+        let mut rest = content.get(END_BYTES..).ok_or("its map is cut off")?;
         let len_bytes = u64::from_le_bytes(take(&mut rest)?);
         let frame_bytes = u32::from_le_bytes(take(&mut rest)?);
         let contents_digest = take(&mut rest)?;
@@ -117,13 +122,14 @@ mod tests {
             zero_frames: vec![0..1, 3..9, 12..16],
         };
         let bytes = map.encode([9; 32]);
-        assert_eq!((bytes.len(), is_map(&bytes)), (encoded_bytes(3), true));
+        assert_eq!((bytes.len(), is_map(&bytes, &bytes)), (encoded_bytes(3), true));
         assert_eq!(ImageMap::decode(&bytes, [9; 32]).unwrap(), map);
         assert!(ImageMap::decode(&bytes, [8; 32]).is_err());
         for bit in 0..8 * bytes.len() {
             let mut bent = bytes.clone();
             bent[bit / 8] ^= 1 << (bit % 8);
             assert!(ImageMap::decode(&bent, [9; 32]).is_err(), "bit {bit}");
+            assert!(is_map(&bent, &bent), "bit {bit}");
         }
         for len in 0..bytes.len() {
             assert!(ImageMap::decode(&bytes[..len], [9; 32]).is_err(), "{len}");

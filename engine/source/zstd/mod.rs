@@ -11,7 +11,7 @@ use zstd_safe::DCtx;
 
 use super::file::{FileOptions, FileSource};
 use super::part::Part;
-use super::{PageSource, check_range};
+use super::{GRANULE_MAX_BYTES, PageSource, check_range};
 use crate::error::{Error, Result, SourceFault};
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
@@ -41,7 +41,8 @@ const IDLE_CONTEXTS_MAX: usize = 8;
 /// different frames, or of the same, go on side by side.
 ///
 /// A frame is checked before any byte of it is used: its length, and the checksum in the frame or the table. What fails is
-/// an error, and so SIGBUS. Images of other tools may lack checksums: then damage may go unnoticed.
+/// an error, and so SIGBUS. In images of other tools the table has no checksum of its own, and frames may lack theirs: damage
+/// there may go unnoticed.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -104,9 +105,9 @@ impl ZstdImage {
         let largest = frames.largest_bytes() as usize;
         let even = frames.frame_bytes().map(|len| len as usize);
         let granule_bytes = match even {
-            Some(len) if len.is_power_of_two() && len >= page_size() => len,
-            // Then a granule meets several frames, and some are decompressed for two granules.
-            _ => largest.next_power_of_two().max(page_size()),
+            Some(len) if len.is_power_of_two() && (page_size()..=GRANULE_MAX_BYTES).contains(&len) => len,
+            // Then frames and granules don't match, and some frames are decompressed for several granules.
+            _ => largest.next_power_of_two().clamp(page_size(), GRANULE_MAX_BYTES),
         };
         Ok(Self { storage, frames, map, granule_bytes, contexts: Mutex::default() })
     }
@@ -228,24 +229,26 @@ impl ZstdImage {
 
 /// Reads the map, which is the last frame of an image that has one.
 fn read_map(storage: &Storage, frames: &Frames) -> Result<Option<ImageMap>> {
-    let Some(frame) = frames.iter().next_back().filter(|frame| frame.contents.is_empty()) else { return Ok(None) };
-    let len = frame.compressed.end - frame.compressed.start;
-    if len < map::HEAD_BYTES as u64 {
+    let Some(frame) = frames.iter().next_back() else { return Ok(None) };
+    let Range { start, end } = frame.compressed;
+    let (len, ends) = (end - start, map::END_BYTES as u64);
+    if len < ends {
         return Ok(None);
     }
-    let head = storage.fetch_at_open(frame.compressed.start..frame.compressed.start + map::HEAD_BYTES as u64)?;
-    if !map::is_map(&head) {
+    let [head, tail] = [storage.fetch_at_open(start..start + ends)?, storage.fetch_at_open(end - ends..end)?];
+    if !map::is_map(&head, &tail) {
         return Ok(None);
     }
     let corrupt = |why: &str| storage.error(SourceFault::Corrupt, why);
     if len > map::MAX_BYTES as u64 {
         return Err(corrupt("its map is longer than one can be"));
     }
-    let bytes = storage.fetch_at_open(frame.compressed)?;
+    let bytes = storage.fetch_at_open(start..end)?;
     let map = ImageMap::decode(&bytes, frames.table_digest).map_err(corrupt)?;
     let frame_bytes = u64::from(map.frame_bytes);
     let nr_frames = if frame_bytes == 0 { 0 } else { map.len_bytes.div_ceil(frame_bytes) };
-    let fits = map.len_bytes == frames.len_bytes
+    let fits = frame.contents.is_empty()
+        && map.len_bytes == frames.len_bytes
         && frames.frame_bytes().is_some_and(|len| len == frame_bytes || (nr_frames == 1 && len == map.len_bytes))
         && map.zero_frames.last().is_none_or(|run| u64::from(run.end) <= nr_frames);
     if !fits {
@@ -282,7 +285,7 @@ impl PageSource for ZstdImage {
         Some(self.frames.len_bytes)
     }
 
-    /// The size of the frames.
+    /// The size of the frames, if it is one that a granule can have.
     fn granule_bytes(&self) -> usize {
         self.granule_bytes
     }
