@@ -274,6 +274,21 @@ fn a_heap_is_restored_lazily_and_with_its_working_set() {
     }
 }
 
+/// Any file can be the image; its length needn't be whole pages.
+#[test]
+fn a_file_is_restored_lazily() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, bytes) = file_of(folder.path(), (2 << 20) + 1000);
+    let arguments = ["--file", path.to_str().unwrap(), "--slab-pages", "4", "--latency-ms", "0.1", "--fill", "--json"];
+    let found = json(&run("lazy_restore", &arguments));
+    assert_eq!(found["image"]["bytes"].as_u64(), Some(bytes.len() as u64));
+    let touched = found["touched_pages"].as_u64().unwrap();
+    assert!((1..=(bytes.len().div_ceil(page_size()) / 20) as u64).contains(&touched), "{touched}");
+    assert_eq!(found["restores"][2]["filled"], true);
+    failure(&run("lazy_restore", &["--file", "/proc/none"]), "/proc/none");
+    failure(&run("lazy_restore", &["--file", folder.path().to_str().unwrap()]), "no file with bytes");
+}
+
 /// What can't be restored is said in a line: options out of range, a folder that can't be made, an image that was cut short.
 #[test]
 fn restores_that_can_not_be_are_told() {

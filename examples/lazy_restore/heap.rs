@@ -34,13 +34,21 @@ const KEY_STEP: u64 = 3;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Known {
     pub(crate) len_bytes: u64,
-    /// The key that a request begins with.
-    pub(crate) first_key: u64,
-    pub(crate) lookups: u64,
+    pub(crate) work: Work,
     /// What the request answers.
     pub(crate) answer: u64,
     /// The pages that it touches.
     pub(crate) touched_pages: u64,
+}
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Work {
+    /// Follows records of a heap, from this key on.
+    Lookups { first_key: u64, number: u64 },
+    /// Walks through any bytes.
+    Walk { seed: u64, steps: u64 },
 }
 
 /// Numbers that look random and are the same in every run of one seed.
@@ -229,8 +237,7 @@ pub(crate) fn make(
     }
     Ok(Known {
         len_bytes: nr_pages * page as u64,
-        first_key: key_of(hot[0] * per_slab),
-        lookups: hot.len() as u64 * per_slab,
+        work: Work::Lookups { first_key: key_of(hot[0] * per_slab), number: hot.len() as u64 * per_slab },
         answer: hot.iter().fold(0, |answer, &place| combine(answer, found[place as usize])),
         touched_pages: touched.len() as u64,
     })

@@ -12,15 +12,19 @@
 //! Where nothing else is said the storage is slowed down to what a store at the other end of a gigabit line gives: half a
 //! millisecond a read, 117 MB/s. `--latency-ms 0 --bandwidth-mb 0` takes the disk as it is.
 //!
-//! It reads top to bottom: `main.rs` is the story, `heap.rs` the heap and the work, `image.rs` where it lies, `restore.rs` what
+//! It reads top to bottom: `main.rs` is the story, `heap.rs` the heap and the work, `walk.rs` the work on any file, `image.rs` where it lies, `restore.rs` what
 //! each process does, `report.rs` what is printed.
 
 mod heap;
 mod image;
 mod report;
 mod restore;
+mod walk;
 
+use std::borrow::Cow;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -30,7 +34,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kiomap::page_size;
 use sha2::{Digest, Sha256};
 
-use heap::Known;
+use heap::{Known, Work};
 use image::{Kind, Storage};
 use report::Report;
 use restore::{How, Outcome, Plan};
@@ -40,6 +44,10 @@ use restore::{How, Outcome, Plan};
 #[derive(Parser)]
 #[command(version)]
 struct Options {
+    /// Make the image of this file instead of a heap. The request then is a walk through its bytes, each step of which goes where
+    /// the bytes of the step before say
+    #[arg(long)]
+    file: Option<PathBuf>,
     /// MiB of the heap, 4 to 65536
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(4..=65_536))]
     size_mib: u64,
@@ -179,8 +187,11 @@ fn in_fresh_process(plan: &Plan) -> Result<Outcome> {
 fn image_in(folder: &Path, options: &Options) -> Result<(Known, String)> {
     let Options { size_mib, working_set, slab_pages, seed, kind, .. } = options;
     let made_with = format!("{size_mib} {working_set} {slab_pages} {seed} {kind:?} {}", page_size());
+    // A file may have changed.
+    let may_be_there = options.file.is_none();
     let (path, description) = (folder.join("heap.image"), folder.join("heap.json"));
-    if path.exists()
+    if may_be_there
+        && path.exists()
         && let Ok(text) = std::fs::read_to_string(&description)
         && let Ok((made, known, sha256)) = serde_json::from_str::<(String, Known, String)>(&text)
         && made == made_with
@@ -188,19 +199,45 @@ fn image_in(folder: &Path, options: &Options) -> Result<(Known, String)> {
         return Ok((known, sha256));
     }
     let nr_pages = (size_mib << 20) / page_size() as u64;
-    let bar = if io::stderr().is_terminal() { ProgressBar::new(size_mib << 20) } else { ProgressBar::hidden() };
+    let given = options.file.as_deref().map(|path| given(path, options)).transpose()?;
+    let len_bytes = given.as_ref().map_or(size_mib << 20, |(_, known)| known.len_bytes);
+    let bar = if io::stderr().is_terminal() { ProgressBar::new(len_bytes) } else { ProgressBar::hidden() };
     bar.set_style(ProgressStyle::with_template("making    {bar:40} {bytes} of {total_bytes}")?);
     // One that is there describes another image.
     let _ = std::fs::remove_file(&description);
     let (known, sha256) = image::write(*kind, &path, |write| {
         let mut hashed = Hashed { write, digest: Sha256::new() };
-        let known = heap::make(&mut hashed, nr_pages, *slab_pages, *working_set, *seed, |done| bar.set_position(done))?;
+        let known = match given {
+            Some((file, known)) => {
+                let copied = io::copy(&mut bar.wrap_read(file), &mut hashed).context("copying the file")?;
+                ensure!(copied == known.len_bytes, "the file had {} bytes, and has {copied}", known.len_bytes);
+                known
+            }
+            None => heap::make(&mut hashed, nr_pages, *slab_pages, *working_set, *seed, |done| bar.set_position(done))?,
+        };
         Ok((known, hex(&hashed.digest.finalize())))
     })?;
     bar.finish_and_clear();
     let text = serde_json::to_string(&(made_with, &known, &sha256))?;
     std::fs::write(&description, text).context("writing the image's description")?;
     Ok((known, sha256))
+}
+
+/// Opens a file that an image is to be made of, and finds out what a walk through it comes to.
+fn given(path: &Path, options: &Options) -> Result<(File, Known)> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let meta = file.metadata().with_context(|| format!("looking at {}", path.display()))?;
+    ensure!(meta.is_file() && meta.len() > 0, "{} is no file with bytes in it", path.display());
+    let len_bytes = meta.len();
+    let wanted = (len_bytes.div_ceil(page_size() as u64) as f64 * options.working_set) as u64;
+    let (steps, seed) = ((wanted / options.slab_pages).max(1), options.seed);
+    let walked = walk::walk(len_bytes, options.slab_pages, steps, seed, |range| {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        file.read_exact_at(&mut bytes, range.start)?;
+        Ok(Cow::Owned(bytes))
+    })?;
+    let touched_pages = walk::pages_of(&walked, len_bytes, options.slab_pages);
+    Ok((file, Known { len_bytes, work: Work::Walk { seed, steps }, answer: walked.answer, touched_pages }))
 }
 
 /// Hashes what is written.

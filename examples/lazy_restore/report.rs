@@ -4,7 +4,7 @@ use kiomap::page_size;
 use serde_json::{Value, json};
 
 use crate::Options;
-use crate::heap::Known;
+use crate::heap::{Known, Work};
 use crate::restore::{How, Outcome};
 
 pub(crate) struct Report<'a> {
@@ -62,7 +62,7 @@ impl Report<'_> {
             "bandwidth_mb": self.options.bandwidth_mb,
             "seed": self.options.seed,
             "working_set_share": self.known.touched_pages as f64 / self.nr_pages() as f64,
-            "lookups": self.known.lookups,
+            "work": self.known.work,
             "touched_pages": self.known.touched_pages,
             "working_set_file_bytes": self.set_bytes,
             "restores": self.outcomes,
@@ -73,11 +73,15 @@ impl Report<'_> {
     }
 
     pub(crate) fn text(&self) -> String {
-        let Known { len_bytes, lookups, touched_pages, .. } = *self.known;
+        let Known { len_bytes, work, touched_pages, .. } = *self.known;
+        let work = match work {
+            Work::Lookups { number, .. } => format!("{number} lookups in a B-tree"),
+            Work::Walk { steps, .. } => format!("{steps} steps through the bytes"),
+        };
         let share = 100.0 * touched_pages as f64 / self.nr_pages() as f64;
         let mut text = format!(
             "heap      {} MiB, {} pages of {} bytes, seed {}; the image has {} MiB\n\
-             request   {lookups} lookups in a B-tree, each after the one before: {touched_pages} pages, {share:.1} %\n\
+             request   {work}, each after the one before: {touched_pages} pages, {share:.1} %\n\
              storage   {}\n\n\
              {:<28}{:>14}{:>10}{:>10}{:>10}{:>12}\n",
             len_bytes >> 20,

@@ -1,5 +1,7 @@
 //! A restore, in a process of its own: everything first, lazily, or lazily with a working set that is replayed.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,8 +12,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kiomap::{Arena, AttachOptions, Engine, Kiobuf, PageSource, PopulateOptions, Shutdown, WorkingSet, page_size};
 use serde::{Deserialize, Serialize};
 
-use crate::heap::{self, Heap, Known};
+use crate::heap::{self, Heap, Known, Work};
 use crate::image::{Far, Storage};
+use crate::walk;
 
 /// What everything is read with at once.
 const EAGER_THREADS: usize = 4;
@@ -70,10 +73,17 @@ pub(crate) fn run(plan: &Plan) -> Result<Outcome> {
 /// Serves the request, and checks its answer.
 fn serve(plan: &Plan, bytes: &[u8]) -> Result<()> {
     let known = &plan.known;
-    let (answer, lookups) = Heap::open(bytes)?
-        .request(known.first_key, heap::slab_records(plan.slab_pages))
-        .context("serving the request")?;
-    ensure!(lookups == known.lookups, "the request took {lookups} lookups, not {}", known.lookups);
+    let answer = match known.work {
+        Work::Lookups { first_key, number } => {
+            let (answer, lookups) = Heap::open(bytes)?.request(first_key, heap::slab_records(plan.slab_pages))?;
+            ensure!(lookups == number, "the request took {lookups} lookups, not {number}");
+            answer
+        }
+        Work::Walk { seed, steps } => {
+            let look = |range: Range<u64>| Ok(Cow::Borrowed(&bytes[range.start as usize..range.end as usize]));
+            walk::walk(known.len_bytes, plan.slab_pages, steps, seed, look)?.answer
+        }
+    };
     ensure!(answer == known.answer, "the request answered {answer:#x}, and {:#x} is right", known.answer);
     Ok(())
 }
@@ -81,7 +91,7 @@ fn serve(plan: &Plan, bytes: &[u8]) -> Result<()> {
 /// Opens the image, which must be as long as the heap.
 fn open(plan: &Plan) -> Result<(Kiobuf, Arc<dyn PageSource>, Arc<Far>)> {
     let (list, source, far) = plan.storage.open()?;
-    let nr_pages = plan.known.len_bytes / page_size() as u64;
+    let nr_pages = plan.known.len_bytes.div_ceil(page_size() as u64);
     ensure!(list.nr_pages() == nr_pages, "the image has {} pages, and the heap {nr_pages}", list.nr_pages());
     Ok((list, source, far))
 }
@@ -108,7 +118,7 @@ fn eager(plan: &Plan) -> Result<Outcome> {
         threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
     })?;
     drop(parts);
-    serve(plan, &memory)?;
+    serve(plan, &memory[..len_bytes as usize])?;
     let first_result_ms = start.elapsed().as_secs_f64() * 1e3;
     let (reads, bytes_read) = far.counts();
     let pages = list.nr_pages();
