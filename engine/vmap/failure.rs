@@ -217,19 +217,23 @@ impl Failures {
 
 /// Adds a range to ranges that don't touch.
 fn insert(ranges: &mut BTreeMap<u64, u64>, Range { mut start, mut end }: Range<u64>) {
+    if start >= end {
+        return;
+    }
     // Those that touch it begin at or before its end; the last of them first.
     while let Some((&from, &to)) = ranges.range(..=end).next_back().filter(|&(_, &to)| to >= start) {
         ranges.remove(&from);
         (start, end) = (start.min(from), end.max(to));
     }
-    if start < end {
-        ranges.insert(start, end);
-    }
+    ranges.insert(start, end);
 }
 
 /// Takes out of the ranges what lies in `pages`.
 fn remove(ranges: &mut BTreeMap<u64, u64>, pages: Range<u64>) -> Vec<Range<u64>> {
     let mut taken = Vec::new();
+    if pages.is_empty() {
+        return taken;
+    }
     while let Some((&from, &to)) = ranges.range(..pages.end).next_back().filter(|&(_, &to)| to > pages.start) {
         ranges.remove(&from);
         if from < pages.start {
