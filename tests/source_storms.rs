@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiomap::{AttachOptions, Engine, FileOptions, FileSource, FnSource, Kiobuf, PageSource, ReadSource, page_size};
+use kiomap::{
+    AttachOptions, Engine, FailurePolicy, FileOptions, FileSource, FnSource, Kiobuf, PageSource, ReadSource, page_size,
+};
 use support::contents::{contents, right_or_sigbus};
 use support::{alone_for, engine_builder, settled_stats};
 
@@ -209,7 +211,9 @@ fn run(engine: &Engine, seed: u64) -> (usize, usize) {
         3.. => image(kind - 3, &bytes, &faults),
         _ => plain(kind, &bytes, &faults),
     };
-    let vmap = engine.vmap(&list).unwrap();
+    // Tried again at once, if at all.
+    let policy = FailurePolicy::default().retries(faults.random.below(3) as u32).backoff(Duration::ZERO);
+    let vmap = engine.vmap_builder(&list).failure_policy(policy).build().unwrap();
     let region = vmap.attach(&AttachOptions::new()).unwrap();
     faults.on.store(true, Ordering::Relaxed);
     let sums = Mutex::new((0, 0));
