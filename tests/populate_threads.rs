@@ -2,12 +2,11 @@
 
 mod support;
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread::{ThreadId, available_parallelism};
+use std::thread::available_parallelism;
 
-use kiomap::{AttachOptions, Error, Kiobuf, page_size};
+use kiomap::{AttachOptions, Error, page_size};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -52,27 +51,27 @@ fn helpers() -> usize {
     threads().iter().filter(|name| *name == "kiomap-populate").count()
 }
 
-/// The threads that a source is called on.
+/// The reads of a source that are made at once.
 #[derive(Default)]
-struct Callers {
-    seen: Mutex<BTreeSet<String>>,
-    ids: Mutex<Vec<ThreadId>>,
+struct InFlight {
+    now_and_most: Mutex<(usize, usize)>,
     news: Condvar,
 }
 
-impl Callers {
-    /// Notes the thread, and waits until there have been `wanted`.
-    fn come(&self, wanted: usize) {
-        let me = std::thread::current();
-        let mut ids = self.ids.lock().unwrap();
-        if !ids.contains(&me.id()) {
-            ids.push(me.id());
-            self.seen.lock().unwrap().insert(me.name().unwrap_or("none").to_owned());
-            self.news.notify_all();
-        }
-        let (ids, waited) = self.news.wait_timeout_while(ids, DEADLINE, |ids| ids.len() < wanted).unwrap();
-        drop(ids);
-        assert!(!waited.timed_out(), "{wanted} threads were to come");
+impl InFlight {
+    /// Is in flight until there have been `wanted` at once.
+    fn pass(&self, wanted: usize) {
+        let mut state = self.now_and_most.lock().unwrap();
+        state.0 += 1;
+        state.1 = state.1.max(state.0);
+        self.news.notify_all();
+        let (mut state, waited) = self.news.wait_timeout_while(state, DEADLINE, |state| state.1 < wanted).unwrap();
+        state.0 -= 1;
+        assert!(!waited.timed_out(), "{wanted} reads were to be made at once");
+    }
+
+    fn most(&self) -> usize {
+        self.now_and_most.lock().unwrap().1
     }
 }
 
@@ -85,17 +84,17 @@ fn threads_share_a_large_range_and_end_with_the_call() {
         let engine = engine_builder().build().unwrap();
         let all = if has_two_processors() { 2 } else { 1 };
         let populate = |range: std::ops::Range<u64>, wanted: usize| {
-            let callers = Arc::new(Callers::default());
-            let its = Arc::clone(&callers);
+            let in_flight = Arc::new(InFlight::default());
+            let its = Arc::clone(&in_flight);
             let list = source(MANY, move |_, _| {
-                its.come(wanted);
+                its.pass(wanted);
                 Ok(())
             });
             let (_vmap, region) = attached(&engine, &list);
             region.populate(bytes(range.clone())).unwrap();
             assert_eq!(helpers(), 0);
             assert_marks(&region, range);
-            callers.ids.lock().unwrap().len()
+            in_flight.most()
         };
         assert!((all..=4).contains(&populate(0..MANY, all)));
         assert_eq!(populate(0..8192, 1), 1);
@@ -200,44 +199,27 @@ fn a_shutdown_meanwhile_ends_the_call() {
     });
 }
 
-/// T74: a source that forks, and returns in the child: neither side waits for threads that are the other's.
+/// T74: a source that forks, and returns in the child, is no trouble: the child ends, and the pages come.
 #[test]
 fn a_source_that_forks_leaves_nobody_waiting() {
     alone("a_source_that_forks_leaves_nobody_waiting", || {
         needs_sources!();
-        for on_caller in [true, false] {
-            if !on_caller && !has_two_processors() {
-                continue;
-            }
-            let engine = engine_builder().build().unwrap();
-            let (forked, child) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-            let callers = Arc::new(Callers::default());
-            let (caller, me) = (std::thread::current().id(), std::process::id());
-            let (its, its_child) = (Arc::clone(&callers), Arc::clone(&child));
-            let list: Kiobuf = source(MANY, move |_, _| {
-                if std::process::id() == me {
-                    its.come(if has_two_processors() { 2 } else { 1 });
+        let engine = engine_builder().build().unwrap();
+        let (forked, child) = (AtomicBool::new(false), Arc::new(AtomicU64::new(0)));
+        let its_child = Arc::clone(&child);
+        let list = source(MANY, move |_, _| {
+            if !forked.swap(true, Ordering::SeqCst) {
+                // SAFETY: the child returns to the library, which ends it.
+                if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
+                    its_child.store(child.as_raw() as u64, Ordering::SeqCst);
                 }
-                let here = (std::thread::current().id() == caller) == on_caller;
-                if here && !forked.swap(true, Ordering::SeqCst) {
-                    // SAFETY: the child goes on with the library alone, and ends.
-                    if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
-                        its_child.store(child.as_raw() as u64, Ordering::SeqCst);
-                    }
-                }
-                Ok(())
-            });
-            let (_vmap, region) = attached(&engine, &list);
-            let outcome = region.populate(0..region.len_bytes());
-            if std::process::id() != me {
-                let refused = outcome.is_err_and(|error| error.errno() == Errno::EPERM);
-                // SAFETY: ends the child at once.
-                unsafe { libc::_exit(i32::from(!refused)) };
             }
-            outcome.unwrap();
-            assert_eq!(helpers(), 0);
-            assert_marks(&region, 0..MANY);
-            reap_ok(Pid::from_raw(child.load(Ordering::SeqCst) as i32));
-        }
+            Ok(())
+        });
+        let (_vmap, region) = attached(&engine, &list);
+        region.populate(0..region.len_bytes()).unwrap();
+        assert_eq!(helpers(), 0);
+        assert_marks(&region, 0..MANY);
+        reap_ok(Pid::from_raw(child.load(Ordering::SeqCst) as i32));
     });
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use kiomap::{
     AttachOptions, Engine, Error, FailureCause, FailurePolicy, Features, GRANULE_MAX_BYTES, Kiobuf, PageSource,
-    ReadFailed, Region, Revoke, Vmap, page_size,
+    PopulateOptions, ReadFailed, Region, Revoke, Vmap, page_size,
 };
 use nix::errno::Errno;
 use support::scene::{Rng, Told, child, kill_and_reap};
@@ -525,5 +525,69 @@ fn reads_wait_for_room() {
         let stats = settled_stats(&engine);
         assert_eq!(stats.read_buffer_bytes_peak, 8 << 20, "{stats:?}");
         eventually("what is not needed is given back", || engine.stats().read_buffer_bytes <= 2 << 20);
+    });
+}
+
+/// Whoever wants pages without touching them waits for a source that hangs no longer than a touch would: populating, the owner's
+/// reads, a shutdown that fills. The list can be taken back meanwhile, and the engine ends.
+#[test]
+fn a_source_that_hangs_holds_up_no_filling_for_ever() {
+    alone("a_source_that_hangs_holds_up_no_filling_for_ever", || {
+        needs_sources!();
+        let engine = engine_builder().build().unwrap();
+        let hung = SlowSource::shut(Says::default());
+        let list = Kiobuf::concat(&[pages(4), hung.list(4), pages(4)]).unwrap();
+        let (vmap, region) = region_of(&engine, &list, once().deadline(Duration::from_millis(50)));
+        let missing = region.populate(0..region.len_bytes()).unwrap_err();
+        assert!(matches!(missing, Error::NotPopulated { pgoff: 4, missing: 4, wanted: 12, .. }), "{missing}");
+        for page in [0, 3, 8, 11] {
+            assert_eq!(read_page(&region, page), Ok(mark(page % 8)));
+        }
+        let refused = vmap.read_at(5 * page_size() as u64, &mut [0]).unwrap_err();
+        assert!(matches!(refused, Error::NoPage { pgoff: 5, .. }), "{refused}");
+
+        let patient = region_of(&engine, &hung.list(8), once().deadline(Duration::from_secs(3600)));
+        let before = hung.inside().0;
+        let populating = patient.1.populate_in_background(0..patient.1.len_bytes(), PopulateOptions::new()).unwrap();
+        hung.wait_for_inside(before + 1);
+        // While it waits for a read that never ends.
+        patient.0.revoke(Revoke::Soft).unwrap();
+        populating.cancel();
+        let again = region_of(&engine, &hung.list(8), once().deadline(Duration::from_secs(3600)));
+        let filling = again.1.populate_in_background(0..again.1.len_bytes(), PopulateOptions::new()).unwrap();
+        hung.wait_for_inside(before + 2);
+        drop((populating, filling, patient, again));
+        engine.shutdown_filling(|_| {}).unwrap();
+        drop((vmap, region));
+        drop(engine);
+        hung.open();
+    });
+}
+
+/// Filling without a touch asks a source as a touch does: in its granules, once, and again when it fails.
+#[test]
+fn filling_asks_a_source_as_a_touch_does() {
+    alone("filling_asks_a_source_as_a_touch_does", || {
+        needs_sources!();
+        let engine = engine_builder().build().unwrap();
+        let source = SlowSource::new(Says { granule_pages: 128, ..Says::default() });
+        let (vmap, region) = region_of(&engine, &source.list(500), FailurePolicy::default());
+        vmap.read_at(130 * page_size() as u64, &mut [0]).unwrap();
+        assert_eq!(source.asked(), [130..256]);
+        region.populate(0..region.len_bytes()).unwrap();
+        assert_eq!(source.asked(), [130..256, 0..128, 128..130, 256..384, 384..500]);
+        (0..500).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+        assert_eq!(source.asked().len(), 5);
+
+        let failing = SlowSource::new(Says::default());
+        failing.fail(true);
+        let (_, region) = region_of(&engine, &failing.list(3), FailurePolicy::default().backoff(Duration::ZERO));
+        let missing = region.populate(0..region.len_bytes()).unwrap_err();
+        assert!(matches!(missing, Error::NotPopulated { pgoff: 0, missing: 3, .. }), "{missing}");
+        // Together, and then each alone, three times.
+        assert_eq!(failing.asked().len(), 1 + 3 * 3);
+        failing.fail(false);
+        region.populate(0..region.len_bytes()).unwrap();
+        (0..3).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
     });
 }

@@ -152,6 +152,15 @@ impl Kiobuf {
         nopage::read_unit(&self.inner.extents, pgoff)
     }
 
+    /// Finds the first pages of a range that a page source makes.
+    pub(crate) fn made_by_source(&self, pages: Range<u64>) -> Option<Range<u64>> {
+        let extents = &self.inner.extents;
+        let from = extents.partition_point(|extent| extent.pages().end <= pages.start);
+        let mut within = extents[from..].iter().take_while(|extent| extent.first_page < pages.end);
+        let made = within.find(|extent| matches!(extent.base, Base::Source(_)))?.pages();
+        Some(made.start.max(pages.start)..made.end.min(pages.end))
+    }
+
     /// Returns the addresses of the memory and the mapped files that the list reads.
     pub(crate) fn memory_ranges(&self) -> impl Iterator<Item = Range<usize>> + '_ {
         self.inner.extents.iter().filter_map(|extent| {

@@ -24,6 +24,7 @@ use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role, contain};
 use crate::sys::Stop;
 use crate::vmap::core::VmapCore;
+use crate::vmap::fetch::{fetch, made_from};
 use crate::vmap::fill::{Refusal, fill_some};
 use crate::vmap::refuse_nested;
 use crate::{Error, Result};
@@ -140,8 +141,9 @@ impl Region {
     /// answered meanwhile. In a forked child the engine brings them.
     ///
     /// A range of more than 32 MiB is shared with threads that are started for the call and have ended when it returns: as many
-    /// as processors that the calling thread may use, at most 4 with itself (none if it is bound to one processor). Page
-    /// sources are called there too. Where a thread can't be started the others do its work.
+    /// as processors that the calling thread may use, at most 4 with itself (none if it is bound to one processor). Where a
+    /// thread can't be started the others do its work. Page sources are read by workers, as for a touch, with the vmap's
+    /// [`FailurePolicy`](crate::FailurePolicy); files by the threads themselves.
     ///
     /// # Errors
     ///
@@ -270,6 +272,10 @@ impl Piece {
     fn pgoff_of(&self, addr: usize) -> u64 {
         self.pgoff + ((addr - self.range.start) / page_size()) as u64
     }
+
+    fn addr_of(&self, pgoff: u64) -> usize {
+        self.range.start + (pgoff - self.pgoff) as usize * page_size()
+    }
 }
 
 const UNMAPPED: &str = "it is not mapped any more";
@@ -343,10 +349,13 @@ impl Task {
 
     /// Brings some pages of a piece from `at` on: about `most`, and the holes behind them.
     fn step(&mut self, piece: &Piece, most: u64) -> Result<()> {
-        let page = page_size();
         let core = Arc::clone(&self.core);
         let (first, end) = (piece.pgoff_of(self.at), piece.pgoff_of(piece.range.end.min(self.end)));
-        let addr_of = |pgoff: u64| piece.range.start + (pgoff - piece.pgoff) as usize * page;
+        let addr_of = |pgoff: u64| piece.addr_of(pgoff);
+        if self.fetch(piece, first..end.min(first.saturating_add(most)))? {
+            return Ok(());
+        }
+        let end = made_from(&core, first, end);
         // A list that is being taken back must not be filled from: taken back is then either before this step or after it.
         let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
         if self.shared.retired.load(Ordering::Acquire) {
@@ -377,6 +386,21 @@ impl Task {
         self.map(addr_of(had), had, next - had);
         self.at = addr_of(next);
         Ok(())
+    }
+
+    /// Brings pages from the first of a range on that page sources make; tells whether there were any.
+    fn fetch(&mut self, piece: &Piece, pages: Range<u64>) -> Result<bool> {
+        let (shared, core) = (Arc::clone(&self.shared), Arc::clone(&self.core));
+        let mut had = pages.start;
+        let next = fetch(&shared, &core, pages.clone(), |refused, why| {
+            self.map(piece.addr_of(had), had, refused.start - had);
+            let nr_pages = refused.end - refused.start;
+            self.miss(piece.addr_of(refused.start), refused.start, nr_pages, why.message());
+            had = refused.end;
+        })?;
+        self.map(piece.addr_of(had), had, next - had);
+        self.at = piece.addr_of(next);
+        Ok(next > pages.start)
     }
 
     /// Maps pages that the object holds; those that don't come are missing.

@@ -566,7 +566,7 @@ impl Engine {
         attached.retain(|vmap| vmap.refcount() > 0);
         attached.sort_unstable_by_key(|vmap| vmap.id);
         let filled = catch_unwind(AssertUnwindSafe(|| {
-            fill_all(&attached, |so_far| {
+            fill_all(&self.shared, &attached, |so_far| {
                 progress(so_far);
                 if self.shared.is_child() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             });

@@ -4,8 +4,11 @@ use std::ops::{ControlFlow, Range};
 use std::sync::{Arc, PoisonError};
 
 use super::core::{Contents, VmapCore};
+use super::failure::Why;
+use super::fetch::{fetch, made_from};
 use super::page_size::PageSize;
 use crate::kiobuf::ExtentKind;
+use crate::runtime::shared::EngineShared;
 use crate::{Error, Kiobuf};
 
 /// Pages filled in one step.
@@ -24,7 +27,11 @@ pub struct FillProgress {
 }
 
 /// Fills every page that can be had. Calls `progress` at the start and after each step, holding no lock, until it breaks.
-pub(crate) fn fill_all(vmaps: &[Arc<VmapCore>], mut progress: impl FnMut(FillProgress) -> ControlFlow<()>) {
+pub(crate) fn fill_all(
+    shared: &EngineShared,
+    vmaps: &[Arc<VmapCore>],
+    mut progress: impl FnMut(FillProgress) -> ControlFlow<()>,
+) {
     // As long as they are now: what is appended from here on is not attended to.
     let lengths: Vec<u64> = vmaps.iter().map(|vmap| vmap.contents().list.nr_pages()).collect();
     let mut so_far = FillProgress { pages_done: 0, pages_total: lengths.iter().sum(), pages_failed: 0 };
@@ -34,7 +41,7 @@ pub(crate) fn fill_all(vmaps: &[Arc<VmapCore>], mut progress: impl FnMut(FillPro
     for (vmap, nr_pages) in vmaps.iter().zip(lengths) {
         let mut pgoff = 0;
         while pgoff < nr_pages {
-            let (next, failed) = fill_step(vmap, pgoff, nr_pages);
+            let (next, failed) = fill_step(shared, vmap, pgoff, nr_pages);
             so_far.pages_done += next - pgoff;
             so_far.pages_failed += failed;
             pgoff = next;
@@ -46,10 +53,18 @@ pub(crate) fn fill_all(vmaps: &[Arc<VmapCore>], mut progress: impl FnMut(FillPro
 }
 
 /// Fills some pages from `first` on; answers how far it came, and how many pages could not be had.
-fn fill_step(core: &VmapCore, first: u64, end: u64) -> (u64, u64) {
+fn fill_step(shared: &EngineShared, core: &Arc<VmapCore>, first: u64, end: u64) -> (u64, u64) {
+    let mut failed = 0;
+    let count = |pages: Range<u64>, _: &Why| failed += pages.end - pages.start;
+    match fetch(shared, core, first..end.min(first.saturating_add(STEP_PAGES)), count) {
+        Ok(next) if next > first => return (next, failed),
+        Ok(_) => {}
+        // The fault-handling thread has ended.
+        Err(_) => return (end, end - first),
+    }
+    let end = made_from(core, first, end);
     // A list that is being taken back must not be filled from: taken back is then either before this step or after it.
     let _in_use = core.in_use.read().unwrap_or_else(PoisonError::into_inner);
-    let mut failed = 0;
     let next = fill_some(core, &core.contents(), first, STEP_PAGES, end, |pages, refusal| {
         failed += if matches!(refusal, Refusal::Hole) { 0 } else { pages.end - pages.start };
     });

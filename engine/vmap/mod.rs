@@ -3,6 +3,7 @@
 mod claim;
 pub(crate) mod core;
 pub(crate) mod failure;
+pub(crate) mod fetch;
 pub(crate) mod fill;
 mod fill_huge;
 pub(crate) mod fill_read;
@@ -14,6 +15,7 @@ mod retry;
 pub(crate) mod window;
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
@@ -40,6 +42,7 @@ use crate::{Error, Result};
 use claim::Claim;
 use core::{Contents, DerefFn, VmapCore};
 use failure::{FailedFn, FailurePolicy, Failures, ReadFailed};
+use fetch::{fetch, made_from, not_brought};
 use object::{Backing, Object};
 use page_size::PageSize;
 use residency::Residency;
@@ -572,6 +575,20 @@ impl Vmap {
         Ok(())
     }
 
+    /// Has those pages of a range read that page sources make.
+    fn fetch(&self, pages: Range<u64>) -> Result<()> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let mut failed = None;
+            let next = fetch(&self.shared, &self.core, at..pages.end, |pages, why| {
+                failed.get_or_insert_with(|| not_brought(&pages, why));
+            })?;
+            failed.map_or(Ok(()), Err)?;
+            at = if next > at { next } else { made_from(&self.core, at, pages.end) };
+        }
+        Ok(())
+    }
+
     /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
     fn make_resident(&self, offset: u64, len: usize) -> Result<RwLockReadGuard<'_, ()>> {
         owner_only(&self.shared, "reading or writing a vmap without a region")?;
@@ -580,6 +597,7 @@ impl Vmap {
         }
         refuse_nested("reading or writing a vmap")?;
         let page = page_size() as u64;
+        self.fetch(offset / page..offset.saturating_add(len as u64).div_ceil(page))?;
         let in_use = self.core.in_use.read().unwrap_or_else(PoisonError::into_inner);
         let Contents { list, window, .. } = self.core.contents();
         let nr_pages = self.nr_pages();

@@ -15,10 +15,10 @@
 //! times its length, and that is looked at first.
 
 use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -37,31 +37,30 @@ const PAGE_BYTES_MAX: u64 = 10;
 const FILE_BYTES_MAX: u64 = (HEADER_BYTES + CHECKSUM_BYTES) as u64 + PAGES_MAX * PAGE_BYTES_MAX;
 
 impl WorkingSet {
-    /// Saves it to a file, which is exchanged as a whole: whatever happens, there is the file as it was, or the new one, on the
-    /// disk. What lies beside it is left as it was.
+    /// Saves it to a file, which is exchanged as a whole: whatever happens, there is the file as it was, or the new one. A process
+    /// that is killed meanwhile leaves a hidden file beside it, `.kiomap-….new`.
     ///
     /// # Errors
     ///
-    /// [`Error::Sys`] when the file can't be made in its folder, written (`ENOSPC`), or put in its place. Nothing is left behind
-    /// then, and what was at `path` stays.
+    /// [`Error::Sys`] when the file can't be made in its folder, written (`ENOSPC`), or put in its place, or the folder not be
+    /// opened for reading (`EACCES`). Nothing is left behind then, and what was at `path` stays. Only when the last step fails,
+    /// the fsync of the folder, the new file is there, and may not be after the machine loses power.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        static SAVED: AtomicU64 = AtomicU64::new(0);
         let path = path.as_ref();
-        let mut name = path.file_name().ok_or(Error::io("the name of a working set")(Errno::EISDIR.into()))?.to_owned();
+        path.file_name().ok_or(Error::io("the name of a working set")(Errno::EISDIR.into()))?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // No other process has this number, and no other save of this one.
-        name.push(format!(".{}-{}.new", std::process::id(), SAVED.fetch_add(1, Ordering::Relaxed)));
-        let unfinished = Unfinished(folder.join(name));
-        // One that is there was left by a process that was killed.
-        let _ = std::fs::remove_file(&unfinished.0);
-        let create = OpenOptions::new().write(true).create_new(true).open(&unfinished.0);
+        let opened = File::open(folder).map_err(Error::io("opening the folder of a working set"))?;
+        // A number that nobody else has, in whatever namespace of processes.
+        let random = RandomState::new().hash_one(std::process::id());
+        let name = folder.join(format!(".kiomap-{random:016x}.new"));
+        let create = OpenOptions::new().write(true).create_new(true).open(&name);
         let mut file = create.map_err(Error::io("creating the file of a working set"))?;
+        let unfinished = Unfinished(name);
         file.write_all(&self.encode()).map_err(Error::io("writing a working set"))?;
         file.sync_all().map_err(Error::io("fsync of a working set"))?;
         std::fs::rename(&unfinished.0, path).map_err(Error::io("rename of a working set to its place"))?;
         std::mem::forget(unfinished);
-        // The new name, too, is to be there after the machine loses power.
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("fsync of a working set's folder"))
+        opened.sync_all().map_err(Error::io("fsync of a working set's folder, in which the new file is already"))
     }
 
     /// Loads one from a file that [`WorkingSet::save`] made. Whether it belongs to an image is asked when it is

@@ -38,7 +38,7 @@ pub(super) fn bring(task: &mut Task, threads: usize) -> Result<()> {
         let body = move || {
             common.work();
             if depth() != common.depth {
-                // A page source forked here, and returned in the child.
+                // The end of a list, which may be the application's code, forked here, and returned in the child.
                 threads::end_child();
             }
         };
@@ -48,7 +48,7 @@ pub(super) fn bring(task: &mut Task, threads: usize) -> Result<()> {
     }
     common.work();
     if common.is_elsewhere() {
-        return Err(Error::NotOwner { what: "going on with populating, in a child that a page source forked" });
+        return Err(Error::NotOwner { what: "going on with populating, in a child that was forked meanwhile" });
     }
     helpers.join();
     let mut whole = common.whole();
