@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::Options;
 use crate::heap::{Known, Work};
-use crate::restore::{How, Outcome};
+use crate::restore::{EAGER_THREADS, How, Outcome};
 
 pub(crate) struct Report<'a> {
     pub(crate) options: &'a Options,
@@ -58,6 +58,8 @@ impl Report<'_> {
         json!({
             "image": { "kind": kind, "bytes": self.image_bytes, "heap_bytes": self.known.len_bytes, "pages": self.nr_pages() },
             "storage": self.storage(),
+            "eager_threads": EAGER_THREADS,
+            "replay_threads": self.options.replay_threads,
             "latency_ms": self.options.latency_ms,
             "bandwidth_mb": self.options.bandwidth_mb,
             "seed": self.options.seed,
@@ -82,7 +84,8 @@ impl Report<'_> {
         let mut text = format!(
             "heap      {} MiB, {} pages of {} bytes, seed {}; the image has {} MiB\n\
              request   {work}, each after the one before: {touched_pages} pages, {share:.1} %\n\
-             storage   {}\n\n\
+             storage   {}\n\
+             threads   {EAGER_THREADS} read everything first, {} replay\n\n\
              {:<28}{:>14}{:>10}{:>10}{:>10}{:>12}\n",
             len_bytes >> 20,
             self.nr_pages(),
@@ -90,6 +93,7 @@ impl Report<'_> {
             self.options.seed,
             self.image_bytes >> 20,
             self.storage(),
+            self.options.replay_threads,
             "restore",
             "first result",
             "faults",

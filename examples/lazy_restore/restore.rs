@@ -17,7 +17,7 @@ use crate::image::{Far, Storage};
 use crate::walk;
 
 /// What everything is read with at once.
-const EAGER_THREADS: usize = 4;
+pub(crate) const EAGER_THREADS: usize = 4;
 const EAGER_BYTES: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
