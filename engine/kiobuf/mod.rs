@@ -152,6 +152,14 @@ impl Kiobuf {
         nopage::read_unit(&self.inner.extents, pgoff)
     }
 
+    /// Widens a range of pages to what is best read together at both of its ends.
+    pub(crate) fn whole_units(&self, pages: Range<u64>) -> Range<u64> {
+        let unit = |pgoff| self.read_unit(pgoff).map(|unit| unit.pages);
+        let start = unit(pages.start).map_or(pages.start, |unit| unit.start);
+        let end = unit(pages.end - 1).map_or(pages.end, |unit| unit.end);
+        start.min(pages.start)..end.max(pages.end)
+    }
+
     /// Finds the first pages of a range that a page source makes.
     pub(crate) fn made_by_source(&self, pages: Range<u64>) -> Option<Range<u64>> {
         let extents = &self.inner.extents;

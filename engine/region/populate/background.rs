@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::replay::whole_units;
 use super::{Piece, PopulateOptions, PopulateProgress, Task};
 use crate::page::page_size;
 use crate::runtime::background;
@@ -165,8 +164,8 @@ impl Course {
             // A hole takes no time. No huge page, and nothing that is read as a whole, is brought by two.
             let list = core.contents().list;
             let hole = nothing_until(&list, core.page(), first);
-            let pages = hole
-                .map_or_else(|| whole_units(&list, first..first.saturating_add(left)).end - first, |end| end - first);
+            let pages =
+                hole.map_or_else(|| list.whole_units(first..first.saturating_add(left)).end - first, |end| end - first);
             let end = core.page().whole(first.saturating_add(pages)).unwrap_or(u64::MAX);
             let bytes = usize::try_from(end - first).ok().and_then(|pages| pages.checked_mul(page_size()));
             let end = bytes.and_then(|bytes| self.task.at.checked_add(bytes)).unwrap_or(usize::MAX);

@@ -73,7 +73,7 @@ fn windows(set: &[u64], list: &Kiobuf, pages: Range<u64>, page: PageSize, around
                 }
                 Nopage::Read { run, .. } => {
                     let window = around.window_of(&streams, &clip(run), pgoff, pgoff == pages.start, true);
-                    clip(whole_units(list, window))
+                    clip(list.whole_units(window))
                 }
                 Nopage::Sigbus(_) => continue,
             };
@@ -91,14 +91,6 @@ fn windows(set: &[u64], list: &Kiobuf, pages: Range<u64>, page: PageSize, around
         }
     }
     windows
-}
-
-/// A window, widened to what is best read together at both of its ends.
-pub(super) fn whole_units(list: &Kiobuf, window: Range<u64>) -> Range<u64> {
-    let unit = |pgoff| list.read_unit(pgoff).map(|unit| unit.pages);
-    let start = unit(window.start).map_or(window.start, |unit| unit.start);
-    let end = unit(window.end - 1).map_or(window.end, |unit| unit.end);
-    start.min(window.start)..end.max(window.end)
 }
 
 /// The pages of a region that are in a plan: a bit for each.
