@@ -5,6 +5,7 @@ mod support;
 
 use std::io::{Cursor, Error as IoError, ErrorKind, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -339,7 +340,7 @@ fn damage_anywhere_gives_right_bytes_or_an_error() {
     let heads: Vec<usize> = (0..image.len()).filter(|&at| image[at..].starts_with(&magic)).collect();
     assert!(heads.len() >= frames);
     // The map of no more than nine runs, and the table.
-    let tail = image.len() - (8 + 8 + 17 + 8 * (frames + 1) + 200)..image.len();
+    let tail = image.len() - (8 + 8 + 17 + 12 * (frames + 1) + 200)..image.len();
     let mut state = 15_u64;
     let picked: Vec<usize> = (0..1500)
         .map(|_| {
@@ -464,6 +465,53 @@ fn an_image_that_is_replaced_gives_no_byte_of_the_other() {
     let right = right_or_error(&image, &one, "after");
     assert!(right < 40, "{right} pages of an image that is gone");
     assert_ne!(image.identity(), open(held.lock().unwrap().clone()).unwrap().identity());
+}
+
+/// Bytes that can't be compressed: all frames of their images are of one size, and lie in the same places.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as u8
+    })
+    .take(len)
+    .collect()
+}
+
+/// An image of the same shape that is written over an open one, in place: no byte of it is shown.
+#[test]
+fn an_image_of_the_same_shape_that_is_written_over_gives_no_byte_of_it() {
+    needs_sources!();
+    alone("an_image_of_the_same_shape_that_is_written_over_gives_no_byte_of_it", || {
+        let (one, two) = (noise(80 * page_size(), 61), noise(80 * page_size(), 62));
+        let [one_image, two_image] = [&one, &two].map(|bytes| image_of(bytes, 4 * page_size()));
+        assert_eq!(one_image.len(), two_image.len());
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&one_image).unwrap();
+        let image = Arc::new(ZstdImage::open(file.path()).unwrap());
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let (_vmap, region) = attached(&engine, &image.list().unwrap());
+        assert!(support::read_page(&region, 0).is_ok());
+        file.as_file().write_all_at(&two_image, 0).unwrap();
+        // The frame of the first touch.
+        assert_eq!(right_or_sigbus(&region, &one), (4, 76));
+    });
+}
+
+/// Frames that are right in themselves, in each other's places: errors of the reads, and of a check.
+#[test]
+fn frames_in_each_others_places_are_errors() {
+    let (frame, bytes) = (4 * page_size(), noise(40 * page_size(), 63));
+    let mut image = image_of(&bytes, frame);
+    let magic = 0xfd2f_b528_u32.to_le_bytes();
+    let packed = (1..).find(|&at| image[at..].starts_with(&magic)).unwrap();
+    assert!(image[2 * packed..].starts_with(&magic));
+    let (first, second) = image.split_at_mut(packed);
+    first.swap_with_slice(&mut second[..packed]);
+    let image = open(image).unwrap();
+    assert_eq!(right_or_error(&image, &bytes, "swapped"), 32);
+    assert_eq!(image.read_at(0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::InvalidData);
+    assert_eq!(fault(&image.verify(|_| {}).unwrap_err()), SourceFault::Corrupt);
 }
 
 /// Frames are read and decompressed side by side: as many reads are under way as there are callers.
