@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier, Mutex, RwLock};
 
 use kiomap::{
     Error, ExtentKind, FnSource, Kiobuf, MadeImage, PageSource, ReadSource, SourceFault, ZstdImage, ZstdOptions,
@@ -17,7 +17,7 @@ use kiomap::{
 };
 use nix::errno::Errno;
 use support::contents::{assert_holds, contents, right_or_sigbus};
-use support::{DEADLINE, alone, attached, engine_builder, within};
+use support::{DEADLINE, alone, attached, engine_builder, eventually, within};
 use twox_hash::XxHash64;
 
 /// An image of contents with small frames.
@@ -512,6 +512,60 @@ fn frames_in_each_others_places_are_errors() {
     assert_eq!(right_or_error(&image, &bytes, "swapped"), 32);
     assert_eq!(image.read_at(0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::InvalidData);
     assert_eq!(fault(&image.verify(|_| {}).unwrap_err()), SourceFault::Corrupt);
+}
+
+/// An image is one source, whatever zeros lie between its data: no more of its reads are under way than
+/// `EngineBuilder::workers` allows for one, and while they hang, another source is served.
+#[test]
+fn an_image_with_zeros_in_between_is_one_source() {
+    const STRETCHES: usize = 80;
+    needs_sources!();
+    alone("an_image_with_zeros_in_between_is_one_source", || {
+        let page = page_size();
+        let mut bytes = noise(2 * STRETCHES * page, 64);
+        bytes.chunks_mut(page).skip(1).step_by(2).for_each(|zeros| zeros.fill(0));
+        let image = image_of(&bytes, page);
+        // How many reads there are now, and were at the most; and whether they hang.
+        let reads = Arc::new((AtomicU64::new(0), AtomicU64::new(0), RwLock::new(())));
+        let (noted, len) = (Arc::clone(&reads), image.len() as u64);
+        let storage = FnSource::new(len, move |at, buf: &mut [u8]| {
+            let (now, most, gate) = &*noted;
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            drop(gate.read().unwrap());
+            now.fetch_sub(1, Ordering::SeqCst);
+            buf.copy_from_slice(&image[at as usize..at as usize + buf.len()]);
+            Ok(())
+        });
+        let image = Arc::new(ZstdImage::over(Arc::new(storage)).unwrap());
+        let list = image.list().unwrap();
+        assert_eq!(list.extents().count(), 2 * STRETCHES);
+        let engine = engine_builder().workers(2).fault_around_pages(1).build().unwrap();
+        let (_vmap, region) = attached(&engine, &list);
+        let mut other = Kiobuf::new();
+        let sevens = FnSource::new(page as u64, |_, buf: &mut [u8]| {
+            buf.fill(7);
+            Ok(())
+        });
+        other.map_source(Arc::new(sevens), page as u64).unwrap();
+        let (_other_vmap, other) = attached(&engine, &other);
+        let (now, most, gate) = &*reads;
+        std::thread::scope(|scope| {
+            let hanging = gate.write().unwrap();
+            for n in 0..STRETCHES {
+                let region = &region;
+                scope.spawn(move || support::read_page(region, 2 * n as u64).unwrap());
+            }
+            eventually("all of them wait", || {
+                let space = &engine.snapshot().unwrap().spaces[0];
+                (space.pending, space.total) == (0, STRETCHES as u64)
+            });
+            eventually("as many reads as may be", || now.load(Ordering::SeqCst) == 2);
+            assert_eq!(support::read_page(&other, 0), Ok(7));
+            drop(hanging);
+        });
+        assert_eq!(most.load(Ordering::SeqCst), 2);
+        assert_holds(&region, &bytes);
+    });
 }
 
 /// Frames are read and decompressed side by side: as many reads are under way as there are callers.

@@ -9,8 +9,6 @@ use crate::page::page_size;
 pub(crate) mod file;
 #[cfg(feature = "object-store")]
 pub(crate) mod object;
-#[cfg(feature = "zstd")]
-mod part;
 pub(crate) mod reader;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;

@@ -9,7 +9,6 @@ use sha2::{Digest, Sha256};
 use zstd_safe::DCtx;
 
 use super::file::{FileOptions, FileSource};
-use super::part::Part;
 use super::{GRANULE_MAX_BYTES, PageSource, check_range};
 use crate::error::{Error, Result, SourceFault};
 use crate::kiobuf::Kiobuf;
@@ -119,24 +118,19 @@ impl ZstdImage {
     ///
     /// [`Error::Overflow`] (`EOVERFLOW`): never, unless pages are larger than frames may be.
     pub fn list(self: &Arc<Self>) -> Result<Kiobuf> {
-        let (page, mut parts, mut done) = (page_size() as u64, Vec::new(), 0);
-        let read = |parts: &mut Vec<Kiobuf>, bytes: Range<u64>| {
-            if !bytes.is_empty() {
-                let (mut list, len) = (Kiobuf::new(), bytes.end - bytes.start);
-                list.map_source(Arc::new(Part { source: Arc::clone(self) as _, bytes }), len)?;
-                parts.push(list);
-            }
-            Ok::<_, Error>(())
-        };
-        for zeros in self.zero_ranges() {
-            read(&mut parts, done..zeros.start)?;
-            let mut list = Kiobuf::new();
-            list.map_zero((zeros.end - zeros.start).div_ceil(page))?;
-            parts.push(list);
-            done = zeros.end;
+        let page = page_size() as u64;
+        let (mut whole, mut list) = (Kiobuf::new(), Kiobuf::new());
+        whole.map_source(Arc::clone(self) as _, self.frames.len_bytes)?;
+        for run in self.zero_ranges() {
+            // A run begins with a page, and ends with one or with the image.
+            let (start, end) = (run.start / page, run.end.div_ceil(page));
+            list.expand(&whole.slice(list.nr_pages()..start)?)?;
+            let mut zeros = Kiobuf::new();
+            zeros.map_zero(end - start)?;
+            list.expand(&zeros)?;
         }
-        read(&mut parts, done..self.frames.len_bytes)?;
-        Kiobuf::concat(&parts)
+        list.expand(&whole.slice(list.nr_pages()..whole.nr_pages())?)?;
+        Ok(list)
     }
 
     /// Returns the bytes that are known to be zeros without a read, in order.
@@ -248,6 +242,7 @@ fn read_map(storage: &Storage, frames: &Frames) -> Result<Option<ImageMap>> {
     let frame_bytes = u64::from(map.frame_bytes);
     let nr_frames = if frame_bytes == 0 { 0 } else { map.len_bytes.div_ceil(frame_bytes) };
     let fits = frame.contents.is_empty()
+        && map.frame_bytes.is_power_of_two()
         && map.len_bytes == frames.len_bytes
         && frames.frame_bytes().is_some_and(|len| len == frame_bytes || (nr_frames == 1 && len == map.len_bytes))
         && map.zero_frames.last().is_none_or(|run| u64::from(run.end) <= nr_frames);
