@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, RwLock};
 
 use kiomap::{
@@ -565,6 +565,44 @@ fn an_image_with_zeros_in_between_is_one_source() {
         });
         assert_eq!(most.load(Ordering::SeqCst), 2);
         assert_holds(&region, &bytes);
+    });
+}
+
+/// A forked process reads an image that other threads were reading at that moment: their locks are nobody's there.
+#[test]
+fn a_forked_process_reads_an_image_that_others_were_reading() {
+    alone("a_forked_process_reads_an_image_that_others_were_reading", || {
+        let bytes = vec![7; 1024 * page_size()];
+        let image_bytes = image_of(&bytes, page_size());
+        let len = image_bytes.len() as u64;
+        let storage = FnSource::new(len, move |at, buf: &mut [u8]| {
+            buf.copy_from_slice(&image_bytes[at as usize..at as usize + buf.len()]);
+            Ok(())
+        });
+        let (image, over) = (ZstdImage::over(Arc::new(storage)).unwrap(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for first in 0..3 {
+                let (image, over) = (&image, &over);
+                scope.spawn(move || {
+                    let mut n = first;
+                    while !over.load(Ordering::Relaxed) {
+                        image.read_at((n % 1024) * page_size() as u64, &mut vec![0; page_size()]).unwrap();
+                        n += 7;
+                    }
+                });
+            }
+            // At any moment of theirs: a child that hangs ends all of this at the deadline.
+            for _ in 0..1500 {
+                let child = support::fork_child(|| {
+                    // The allocator's locks are put right in a child, those of the image are as they were.
+                    let mut page = vec![0; page_size()];
+                    image.read_at(0, &mut page).unwrap();
+                    assert!(page == [7].repeat(page_size()));
+                });
+                support::reap_ok(child);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
     });
 }
 

@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 use zstd_safe::DCtx;
@@ -196,17 +196,11 @@ impl ZstdImage {
             io::Error::new(ErrorKind::InvalidData, why)
         };
         let packed = self.storage.fetch(frame.compressed.clone())?;
-        let idle = self.contexts.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let Some(mut context) = idle.or_else(DCtx::try_create) else {
+        let Some(mut context) = self.idle_context().or_else(DCtx::try_create) else {
             return Err(io::Error::new(ErrorKind::OutOfMemory, "no memory for a decompressor"));
         };
         let outcome = context.decompress(buf, &packed);
-        {
-            let mut idle = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() < IDLE_CONTEXTS_MAX {
-                idle.push(context);
-            }
-        }
+        self.keep_context(context);
         match outcome {
             Err(code) => return Err(corrupt(zstd_safe::get_error_name(code).into())),
             Ok(count) if count != buf.len() => return Err(corrupt(format!("it holds {count} bytes"))),
@@ -217,6 +211,21 @@ impl ZstdImage {
                 Err(corrupt("its checksum in the seek table is another".into()))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Takes a decompressor that nobody uses, unless somebody else looks for one: in a forked process nobody may ever come back
+    /// from there.
+    fn idle_context(&self) -> Option<DCtx<'static>> {
+        self.contexts.try_lock().ok()?.pop()
+    }
+
+    /// Keeps a decompressor for the next read, or drops it.
+    fn keep_context(&self, context: DCtx<'static>) {
+        if let Ok(mut idle) = self.contexts.try_lock()
+            && idle.len() < IDLE_CONTEXTS_MAX
+        {
+            idle.push(context);
         }
     }
 }
