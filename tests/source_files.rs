@@ -150,6 +150,30 @@ fn readers_and_closures_page_in() {
     });
 }
 
+/// A forked process shares the position of a file that a reader has: there it is an error, and the engine's pages are right.
+#[test]
+fn a_forked_process_does_not_move_the_position_of_a_reader() {
+    needs_sources!();
+    alone("a_forked_process_does_not_move_the_position_of_a_reader", || {
+        let (folder, bytes) = (tempfile::tempdir().unwrap(), contents(30 * page_size(), 5));
+        let file = File::open(file_of(folder.path(), &bytes)).unwrap();
+        let source = Arc::new(ReadSource::new(file).unwrap());
+        let mut list = Kiobuf::new();
+        list.map_source(Arc::clone(&source) as _, bytes.len() as u64).unwrap();
+        let engine = engine_builder().build().unwrap();
+        let (_vmap, region) = attached(&engine, &list);
+        let child = support::fork_child(|| {
+            let refused = source.read_at(0, &mut vec![0; page_size()]).unwrap_err();
+            assert!(refused.to_string().contains("forked"), "{refused}");
+            assert_holds(&region, &bytes);
+        });
+        support::reap_ok(child);
+        let mut page = vec![0; page_size()];
+        source.read_at(3 * page_size() as u64, &mut page).unwrap();
+        assert!(page == bytes[3 * page_size()..4 * page_size()]);
+    });
+}
+
 /// A reader that ends early, that lies about where it is, or that panics now and then.
 struct BadReader {
     inner: Cursor<Vec<u8>>,
