@@ -6,8 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{Cursor, Error as IoError, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 
 use kiomap::{
     Error, ExtentKind, FileOptions, FileSource, FnSource, Kiobuf, PageSource, ReadSource, SourceFault, page_size,
@@ -300,4 +300,44 @@ fn the_holes_of_a_sparse_file_are_zeros() {
         let refused = Kiobuf::new().map_sparse_file(&tempfile::tempfile().unwrap()).unwrap_err();
         assert!(matches!(refused, Error::Invalid { what: "the length in bytes", value: 0, .. }), "{refused}");
     });
+}
+
+/// A file that is truncated while its holes are looked for: what is gone is never listed as zeros.
+#[test]
+fn what_is_truncated_away_meanwhile_is_no_hole() {
+    const RUNS: usize = 1500;
+    const ROUNDS: u32 = 60;
+    let (page, file) = (page_size(), tempfile::tempfile().unwrap());
+    let (mut listed, mut refused) = (0, 0);
+    for round in 0..ROUNDS {
+        (0..RUNS).for_each(|n| file.write_all_at(&vec![7; page], (2 * n * page) as u64).unwrap());
+        let mut whole = Kiobuf::new();
+        whole.map_sparse_file(&file).unwrap();
+        if whole.extents().count() == 1 {
+            skip!("the file system of the temporary folder knows no holes");
+        }
+        let (begin, mut list) = (Barrier::new(2), Kiobuf::new());
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begin.wait();
+                // At another moment of the search each time.
+                (0..round * 1000).for_each(|_| std::hint::spin_loop());
+                file.set_len(0).unwrap();
+            });
+            begin.wait();
+            list.map_sparse_file(&file)
+        });
+        match outcome {
+            Ok(()) => {
+                assert!(list.extents().eq(whole.extents()), "{} of {RUNS} runs of data", list.extents().count() / 2);
+                listed += 1;
+            }
+            // Shorter by the time of the second look, or empty by the time of the first.
+            Err(Error::Fault { what: "the file", .. } | Error::Invalid { what: "the length in bytes", .. }) => {
+                refused += 1
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(listed + refused, ROUNDS);
 }
