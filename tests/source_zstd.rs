@@ -16,6 +16,7 @@ use kiomap::{
     page_size,
 };
 use nix::errno::Errno;
+use sha2::{Digest, Sha256};
 use support::contents::{assert_holds, contents, right_or_sigbus};
 use support::{DEADLINE, alone, attached, engine_builder, eventually, within};
 use twox_hash::XxHash64;
@@ -266,7 +267,7 @@ fn hostile_tables_are_refused() {
     };
     let small = frame(4096);
     let size = small.len() as u32;
-    let cases: [(&str, Vec<u8>, SourceFault); 14] = [
+    let cases: [(&str, Vec<u8>, SourceFault); 15] = [
         ("2^32 - 1 frames", table(&[], u32::MAX, 0), TooLarge),
         ("as many as the format allows", table(&[], 0x0800_0000, 0), TooLarge),
         ("more than there is room for", table(&[(size, 4096, None)], 1000, 0), Corrupt),
@@ -277,6 +278,7 @@ fn hostile_tables_are_refused() {
         ("a frame of 16 MiB and a byte", table(&[(size, (1 << 24) + 1, None)], 1, 0), TooLarge),
         ("more bytes than there are", table(&[(size + 1, 4096, None)], 1, 0), Corrupt),
         ("fewer bytes than there are", table(&[(size - 1, 4096, None)], 1, 0), Corrupt),
+        ("a frame of no bytes", table(&[(0, 4096, None), (size, 4096, None)], 2, 0), Corrupt),
         ("reserved bits", table(&[(size, 4096, None)], 1, 0x04), Corrupt),
         ("checksums that are not there", table(&[(size, 4096, None)], 1, 0x80), Corrupt),
         ("sums that would wrap in 32 bits", table(&[(u32::MAX, 4096, None), (size + 1, 4096, None)], 2, 0), Corrupt),
@@ -302,6 +304,72 @@ fn hostile_tables_are_refused() {
     assert_eq!(fault(&open(image).map(drop).unwrap_err()), Corrupt);
     let unknown = ZstdImage::over(Arc::new(Unsized)).map(drop).unwrap_err();
     assert!(matches!(unknown, Error::Invalid { what: "the length of the source", .. }), "{unknown}");
+}
+
+/// An image of frames of the same length, whose map names runs of them as zeros: what a hostile program makes, with all its
+/// checksums right.
+fn with_map(frames: &[&[u8]], len: u32, runs: &[Range<u32>]) -> Vec<u8> {
+    const NAME: &[u8] = b"kiomap\x00\x01";
+    let map_bytes = 8 + 128 + 8 * runs.len();
+    let entries: Vec<_> = frames.iter().map(|frame| (frame.len() as u32, len, None)).collect();
+    let entries = [&entries[..], &[(map_bytes as u32, 0, None)]].concat();
+    let table = table(&entries, entries.len() as u32, 0);
+    let mut map = 0x184D_2A5B_u32.to_le_bytes().to_vec();
+    map.extend((map_bytes as u32 - 8).to_le_bytes());
+    map.extend(NAME);
+    map.extend((frames.len() as u64 * u64::from(len)).to_le_bytes());
+    map.extend(len.to_le_bytes());
+    map.extend([7; 32]);
+    map.extend(Sha256::digest(&table));
+    map.extend((runs.len() as u32).to_le_bytes());
+    map.extend(runs.iter().flat_map(|run| [run.start, run.end - run.start]).flat_map(u32::to_le_bytes));
+    let digest = Sha256::digest(&map);
+    map.extend(digest);
+    map.extend(NAME);
+    [frames.concat(), map, table].concat()
+}
+
+fn packed(contents: &[u8]) -> Vec<u8> {
+    let mut packed = Vec::with_capacity(zstd_safe::compress_bound(contents.len()));
+    zstd_safe::compress(&mut packed, contents, 1).unwrap();
+    packed
+}
+
+/// However many runs of zeros an image names, its list has a limit: the longest runs are zeros, the others are read.
+#[test]
+fn the_list_of_an_image_with_many_runs_of_zeros_has_a_limit() {
+    const RUNS: u32 = 66_000;
+    let (page, long) = (page_size() as u64, (7 * RUNS / 10, 13));
+    let (data, zeros) = (packed(&vec![7; page_size()]), packed(&vec![0; page_size()]));
+    // A frame of data before each run; the runs are of one frame, but for a long one.
+    let (mut frames, mut runs) = (Vec::new(), Vec::new());
+    for n in 0..RUNS {
+        frames.push(&data[..]);
+        let (start, len) = (frames.len() as u32, if n == long.0 { long.1 } else { 1 });
+        frames.extend((0..len).map(|_| &zeros[..]));
+        runs.push(start..start + len);
+    }
+    let image = Arc::new(open(with_map(&frames, page as u32, &runs)).unwrap());
+    assert_eq!(image.zero_ranges().count(), RUNS as usize);
+    let list = image.list().unwrap();
+    assert_eq!(list.nr_pages(), frames.len() as u64);
+    let zero: Vec<_> = list.extents().filter(|extent| extent.kind == ExtentKind::Zero).collect();
+    assert_eq!(zero.len(), 1 << 16);
+    assert!(zero.iter().any(|run| run.nr_pages == u64::from(long.1) && run.first_page == u64::from(2 * long.0 + 1)));
+    let all: Vec<_> = runs.iter().map(|run| (u64::from(run.start), u64::from(run.end - run.start))).collect();
+    assert!(zero.iter().all(|run| all.binary_search(&(run.first_page, run.nr_pages)).is_ok()));
+}
+
+/// Runs of zeros that begin within a page are refused, with all else: the list would be of other pages than the image.
+#[test]
+fn a_map_of_frames_that_are_no_power_of_two_is_refused() {
+    let len = page_size() + 1000;
+    let (data, zeros) = (packed(&vec![7; len]), packed(&vec![0; len]));
+    let image = with_map(&[&data, &zeros, &data], len as u32, &[1..2]);
+    assert_eq!(fault(&open(image).map(drop).unwrap_err()), SourceFault::Corrupt);
+    let (data, zeros) = (packed(&vec![7; 8192]), packed(&vec![0; 8192]));
+    let image = Arc::new(open(with_map(&[&data, &zeros, &data], 8192, &[1..2])).unwrap());
+    assert_eq!(image.zero_ranges().collect::<Vec<_>>(), [8192..16_384]);
 }
 
 /// A source that does not know its length.

@@ -87,8 +87,8 @@ impl Frames {
                     format!("a frame of {len} bytes, and the limit is {FRAME_MAX_BYTES}: make it with smaller frames");
                 return Err(storage.error(SourceFault::TooLarge, &why));
             }
-            // Far more than zstd makes of what can't be compressed.
-            if len > 0 && packed > 2 * len + (1 << 16) {
+            // No byte, or far more than zstd makes of what can't be compressed.
+            if len > 0 && (packed == 0 || packed > 2 * len + (1 << 16)) {
                 return Err(corrupt(format!("a frame of {len} bytes can't take {packed} compressed")));
             }
         }

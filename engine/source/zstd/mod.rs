@@ -1,5 +1,6 @@
 //! Compressed images in the seekable format of zstd: frames that are decompressed each by itself, and a table of them.
 
+use std::cmp::Reverse;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::Path;
@@ -32,6 +33,8 @@ const FRAMES_MAX: u32 = 1 << 22;
 const FRAME_MAX_BYTES: usize = 1 << 24;
 /// Decompressors that wait for the next read at the most, some 100 KiB each.
 const IDLE_CONTEXTS_MAX: usize = 8;
+/// The runs of zeros that a list names, at the most: each is looked up and kept in memory.
+const RUNS_MAX: usize = 1 << 16;
 
 /// Reads pages of a compressed image in the seekable format of zstd.
 ///
@@ -112,7 +115,8 @@ impl ZstdImage {
         Ok(Self { storage, frames, map, granule_bytes, contexts: Mutex::default() })
     }
 
-    /// Lists the pages of the image: those of frames that hold nothing but zeros cost no read.
+    /// Lists the pages of the image: those of frames that hold nothing but zeros cost no read. Of more than 65,536 runs of
+    /// such frames the longest are meant; the others are read.
     ///
     /// # Errors
     ///
@@ -121,7 +125,13 @@ impl ZstdImage {
         let page = page_size() as u64;
         let (mut whole, mut list) = (Kiobuf::new(), Kiobuf::new());
         whole.map_source(Arc::clone(self) as _, self.frames.len_bytes)?;
-        for run in self.zero_ranges() {
+        let mut runs: Vec<Range<u64>> = self.zero_ranges().collect();
+        if runs.len() > RUNS_MAX {
+            runs.select_nth_unstable_by_key(RUNS_MAX, |run| Reverse(run.end - run.start));
+            runs.truncate(RUNS_MAX);
+            runs.sort_unstable_by_key(|run| run.start);
+        }
+        for run in runs {
             // A run begins with a page, and ends with one or with the image.
             let (start, end) = (run.start / page, run.end.div_ceil(page));
             list.expand(&whole.slice(list.nr_pages()..start)?)?;
