@@ -79,7 +79,7 @@ fn an_object_in_a_folder_pages_in_until_it_is_replaced() {
     });
 }
 
-/// A store of the caller's own, on a runtime of the caller's, opened and read within that runtime and outside of it.
+/// A store of the caller's own, on a runtime of the caller's, opened and read within another runtime and outside of any.
 #[test]
 fn a_store_and_a_runtime_of_ones_own_will_do() {
     needs_sources!();
@@ -88,7 +88,8 @@ fn a_store_and_a_runtime_of_ones_own_will_do() {
         let (store, path, runtime) = in_memory(&bytes);
         let options = ObjectOptions::new().runtime(runtime.handle().clone());
         // Within a runtime nothing may block by the runtime's own means.
-        let source = runtime.block_on(async {
+        let another = Runtime::new().unwrap();
+        let source = another.block_on(async {
             let source = ObjectSource::open_in(Arc::clone(&store) as _, &path, &options).unwrap();
             let mut page = vec![0; page_size()];
             source.read_at(0, &mut page).unwrap();
@@ -101,6 +102,17 @@ fn a_store_and_a_runtime_of_ones_own_will_do() {
         let engine = engine_builder().build().unwrap();
         let (_vmap, region) = attached(&engine, &list_of(source));
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| assert_holds(&region, &bytes)))));
+
+        // A thread of the runtime that is to do the work would wait for itself.
+        let (asked, given) = ((Arc::clone(&store), path.clone()), options.clone());
+        let refused = runtime.block_on(runtime.spawn(async move {
+            let began = Instant::now();
+            let refused = ObjectSource::open_in(asked.0, &asked.1, &given).map(drop).unwrap_err();
+            (refused, began.elapsed())
+        }));
+        let (refused, took) = refused.unwrap();
+        assert!(matches!(refused, Error::Invalid { .. }) && refused.to_string().contains("outside"), "{refused}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
 
         let single = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let options = ObjectOptions::new().runtime(single.handle().clone());

@@ -30,10 +30,11 @@ use crate::error::{Error, Result, SourceFault};
 
 /// The bytes of a ranged read unless others are asked for: large enough that a store's latency does not rule.
 const GRANULE_BYTES: usize = 256 << 10;
-/// How long a read may take with all its retries, unless another time is asked for.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// How long a read may take with all its retries, unless another time is asked for: less than a vmap waits for a read, so
+/// that the store's own words are told.
+const DEADLINE: Duration = Duration::from_secs(10);
 /// What the library would wait longer for: with these there is time to try again before the deadline.
-const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "10 seconds")];
+const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "5 seconds")];
 
 /// Says how an [`ObjectSource`] reads.
 #[derive(Clone)]
@@ -51,7 +52,7 @@ impl Default for ObjectOptions {
 }
 
 impl ObjectOptions {
-    /// Begins with reads of 256 KiB, a deadline of 30 seconds, and the settings of the environment.
+    /// Begins with reads of 256 KiB, a deadline of 10 seconds, and the settings of the environment.
     pub fn new() -> Self {
         Self::default()
     }
@@ -63,7 +64,8 @@ impl ObjectOptions {
         self
     }
 
-    /// Sets how long opening, and each read, may take with all retries that the library makes; after that it is an error.
+    /// Sets how long opening, and each read, may take with all retries that the library makes; after that it is an error. Keep it
+    /// below the vmap's ([`FailurePolicy::deadline`](crate::FailurePolicy::deadline)), which knows no cause.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -80,6 +82,10 @@ impl ObjectOptions {
 
     /// Has a runtime of the caller's do the work, which must have threads of its own, instead of one with a single thread that
     /// each source starts.
+    ///
+    /// Whoever waits for the object must not be one of these threads, or it may wait for itself until the
+    /// [deadline](ObjectOptions::deadline): so the source is opened outside of that runtime, and what runs on it must touch
+    /// no page of the object that may be missing.
     #[must_use]
     pub fn runtime(mut self, handle: Handle) -> Self {
         self.runtime = Some(handle);
@@ -158,7 +164,8 @@ impl ObjectSource {
     ///
     /// # Errors
     ///
-    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only.
+    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only, or
+    ///   this is called within it.
     /// * [`Error::Source`]: there is no such object (`ENOENT`) or it is empty (`ENODATA`); it may not be read, or no credentials were
     ///   found (`EACCES`); the URL or a setting is not understood (`EINVAL`); the URL has a query (a signature, say), a fragment, or
     ///   a password that is of no use there, none of which a store would be asked with, or the store tells neither an etag nor a time,
@@ -476,6 +483,10 @@ impl Work {
             if handle.runtime_flavor() == RuntimeFlavor::CurrentThread {
                 let rule = "it must have threads of its own: build it multi-threaded";
                 return Err(Error::Invalid { what: "the number of threads of the runtime", value: 1, rule });
+            }
+            if Handle::try_current().is_ok_and(|current| current.id() == handle.id()) {
+                let rule = "none may wait for it: open the object outside of that runtime";
+                return Err(Error::Invalid { what: "the threads of the runtime that open the object", value: 1, rule });
             }
             return Ok(Work::Given { handle, pid });
         }
