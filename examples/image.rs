@@ -58,6 +58,9 @@ enum Command {
         /// A file that it must hold, byte for byte
         #[arg(long)]
         against: Option<PathBuf>,
+        /// What kind of image it is; unless given, zstd if it begins as one
+        #[arg(long, value_enum)]
+        format: Option<Format>,
     },
     /// Tells what is in an image
     Info {
@@ -66,6 +69,9 @@ enum Command {
         /// Print one JSON object instead of text
         #[arg(long)]
         json: bool,
+        /// What kind of image it is; unless given, zstd if it begins as one
+        #[arg(long, value_enum)]
+        format: Option<Format>,
     },
 }
 
@@ -80,8 +86,8 @@ enum Format {
 fn main() -> ExitCode {
     let outcome = match &Options::parse().command {
         Command::Make { file, image, format, level, frame } => make(file, image, *format, *level, *frame),
-        Command::Check { image, against } => check(image, against.as_deref()),
-        Command::Info { image, json } => info(image, *json),
+        Command::Check { image, against, format } => check(image, *format, against.as_deref()),
+        Command::Info { image, json, format } => info(image, *format, *json),
     };
     // Not print!, which panics when nobody listens.
     let told =
@@ -185,17 +191,28 @@ enum Image {
 }
 
 impl Image {
-    /// What begins as a zstd frame is to be a zstd image: one that was cut off is not taken for a plain one.
-    fn open(path: &Path) -> Result<Self> {
-        const FRAME: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
+    /// Unless a format is named, what begins as a zstd frame, or as one that zstd skips, is to be a zstd image: one that was cut
+    /// off is not taken for a plain one.
+    fn open(path: &Path, format: Option<Format>) -> Result<Self> {
+        const FRAME: u32 = 0xfd2f_b528;
+        const SKIPPABLE: std::ops::RangeInclusive<u32> = 0x184d_2a50..=0x184d_2a5f;
         let (mut file, len_bytes) = open(path)?;
         let mut head = [0; 4];
-        let len = read_full(&mut file, &mut head).with_context(|| format!("reading {}", path.display()))?;
-        if head[..len] == FRAME {
-            return Ok(Image::Zstd(Arc::new(ZstdImage::open(path)?)));
+        read_full(&mut file, &mut head).with_context(|| format!("reading {}", path.display()))?;
+        let head = u32::from_le_bytes(head);
+        let begins_as_zstd = head == FRAME || SKIPPABLE.contains(&head);
+        match format.unwrap_or(if begins_as_zstd { Format::Zstd } else { Format::Plain }) {
+            Format::Zstd => {
+                let opened = ZstdImage::open(path);
+                let image =
+                    if format.is_some() { opened? } else { opened.context("if it is plain: --format plain")? };
+                Ok(Image::Zstd(Arc::new(image)))
+            }
+            Format::Plain => {
+                file.rewind()?;
+                Ok(Image::Plain(file, len_bytes))
+            }
         }
-        file.rewind()?;
-        Ok(Image::Plain(file, len_bytes))
     }
 
     fn len_bytes(&self) -> u64 {
@@ -240,8 +257,8 @@ impl Read for Contents<'_> {
     }
 }
 
-fn check(path: &Path, against: Option<&Path>) -> Result<String> {
-    let (shown, image) = (path.display(), Image::open(path)?);
+fn check(path: &Path, format: Option<Format>, against: Option<&Path>) -> Result<String> {
+    let (shown, image) = (path.display(), Image::open(path, format)?);
     let bar = bar(image.len_bytes())?;
     let mut text = match &image {
         Image::Zstd(image) => {
@@ -291,8 +308,8 @@ fn compare(image: &Image, path: &Path, bar: &ProgressBar) -> Result<()> {
     }
 }
 
-fn info(path: &Path, json: bool) -> Result<String> {
-    let image = Image::open(path)?;
+fn info(path: &Path, format: Option<Format>, json: bool) -> Result<String> {
+    let image = Image::open(path, format)?;
     let list = image.list()?;
     let pages_of =
         |kind| list.extents().filter(|extent| extent.kind == kind).map(|extent| extent.nr_pages).sum::<u64>();

@@ -198,3 +198,32 @@ fn a_check_finds_what_is_wrong() {
     fs::write(path("plain"), "bytes").unwrap();
     failure(&["check", &path("plain")], "--against FILE");
 }
+
+/// A plain image of a file that begins as a zstd image is one if it is said to be; a zstd image may begin with a frame that is skipped.
+#[test]
+fn the_kind_of_an_image_can_be_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (file, plain, image) = (&path("file"), &path("plain"), &path("image"));
+    let bytes = [&0xfd2f_b528_u32.to_le_bytes()[..], &contents(100_000, 54)].concat();
+    fs::write(file, &bytes).unwrap();
+    success(&["make", file, plain, "--format", "plain"]);
+    failure(&["info", plain], "--format plain");
+    failure(&["check", plain, "--against", file], "--format plain");
+    assert!(success(&["info", plain, "--format", "plain"]).contains(", plain, 100004 bytes"));
+    assert!(success(&["check", plain, "--against", file, "--format", "plain"]).starts_with("verified: "));
+    failure(&["info", file, "--format", "zstd"], "seek table");
+
+    // By another tool: a skipped frame, then what the table lists.
+    let mut skipped = 0x184d_2a50_u32.to_le_bytes().to_vec();
+    skipped.extend([4, 0, 0, 0, 1, 2, 3, 4]);
+    let mut packed = Vec::with_capacity(zstd_safe::compress_bound(5000));
+    zstd_safe::compress(&mut packed, &[7; 5000], 1).unwrap();
+    let entries = [skipped.len() as u32, 0, packed.len() as u32, 5000].map(u32::to_le_bytes).concat();
+    let table =
+        [&0x184D_2A5E_u32.to_le_bytes()[..], &25_u32.to_le_bytes(), &entries, &2_u32.to_le_bytes(), &[0]].concat();
+    fs::write(image, [&skipped[..], &packed, &table, &0x8F92_EAB1_u32.to_le_bytes()].concat()).unwrap();
+    assert!(success(&["info", image]).contains(", zstd, "));
+    assert!(success(&["check", image]).starts_with("verified: "));
+    assert!(success(&["info", image, "--format", "plain"]).contains(", plain, "));
+}

@@ -6,8 +6,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{Cursor, Error as IoError, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 
 use kiomap::{
     Error, ExtentKind, FileOptions, FileSource, FnSource, Kiobuf, PageSource, ReadSource, SourceFault, page_size,
@@ -150,6 +150,30 @@ fn readers_and_closures_page_in() {
     });
 }
 
+/// A forked process shares the position of a file that a reader has: there it is an error, and the engine's pages are right.
+#[test]
+fn a_forked_process_does_not_move_the_position_of_a_reader() {
+    needs_sources!();
+    alone("a_forked_process_does_not_move_the_position_of_a_reader", || {
+        let (folder, bytes) = (tempfile::tempdir().unwrap(), contents(30 * page_size(), 5));
+        let file = File::open(file_of(folder.path(), &bytes)).unwrap();
+        let source = Arc::new(ReadSource::new(file).unwrap());
+        let mut list = Kiobuf::new();
+        list.map_source(Arc::clone(&source) as _, bytes.len() as u64).unwrap();
+        let engine = engine_builder().build().unwrap();
+        let (_vmap, region) = attached(&engine, &list);
+        let child = support::fork_child(|| {
+            let refused = source.read_at(0, &mut vec![0; page_size()]).unwrap_err();
+            assert!(refused.to_string().contains("forked"), "{refused}");
+            assert_holds(&region, &bytes);
+        });
+        support::reap_ok(child);
+        let mut page = vec![0; page_size()];
+        source.read_at(3 * page_size() as u64, &mut page).unwrap();
+        assert!(page == bytes[3 * page_size()..4 * page_size()]);
+    });
+}
+
 /// A reader that ends early, that lies about where it is, or that panics now and then.
 struct BadReader {
     inner: Cursor<Vec<u8>>,
@@ -276,4 +300,44 @@ fn the_holes_of_a_sparse_file_are_zeros() {
         let refused = Kiobuf::new().map_sparse_file(&tempfile::tempfile().unwrap()).unwrap_err();
         assert!(matches!(refused, Error::Invalid { what: "the length in bytes", value: 0, .. }), "{refused}");
     });
+}
+
+/// A file that is truncated while its holes are looked for: what is gone is never listed as zeros.
+#[test]
+fn what_is_truncated_away_meanwhile_is_no_hole() {
+    const RUNS: usize = 1500;
+    const ROUNDS: u32 = 60;
+    let (page, file) = (page_size(), tempfile::tempfile().unwrap());
+    let (mut listed, mut refused) = (0, 0);
+    for round in 0..ROUNDS {
+        (0..RUNS).for_each(|n| file.write_all_at(&vec![7; page], (2 * n * page) as u64).unwrap());
+        let mut whole = Kiobuf::new();
+        whole.map_sparse_file(&file).unwrap();
+        if whole.extents().count() == 1 {
+            skip!("the file system of the temporary folder knows no holes");
+        }
+        let (begin, mut list) = (Barrier::new(2), Kiobuf::new());
+        let outcome = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                begin.wait();
+                // At another moment of the search each time.
+                (0..round * 1000).for_each(|_| std::hint::spin_loop());
+                file.set_len(0).unwrap();
+            });
+            begin.wait();
+            list.map_sparse_file(&file)
+        });
+        match outcome {
+            Ok(()) => {
+                assert!(list.extents().eq(whole.extents()), "{} of {RUNS} runs of data", list.extents().count() / 2);
+                listed += 1;
+            }
+            // Shorter by the time of the second look, or empty by the time of the first.
+            Err(Error::Fault { what: "the file", .. } | Error::Invalid { what: "the length in bytes", .. }) => {
+                refused += 1
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(listed + refused, ROUNDS);
 }

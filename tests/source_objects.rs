@@ -6,11 +6,14 @@
 mod support;
 
 use std::fs;
-use std::net::TcpListener;
-use std::sync::Arc;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use kiomap::object_store::aws::AmazonS3Builder;
 use kiomap::object_store::memory::InMemory;
 use kiomap::object_store::path::Path;
@@ -76,7 +79,7 @@ fn an_object_in_a_folder_pages_in_until_it_is_replaced() {
     });
 }
 
-/// A store of the caller's own, on a runtime of the caller's, opened and read within that runtime and outside of it.
+/// A store of the caller's own, on a runtime of the caller's, opened and read within another runtime and outside of any.
 #[test]
 fn a_store_and_a_runtime_of_ones_own_will_do() {
     needs_sources!();
@@ -85,7 +88,8 @@ fn a_store_and_a_runtime_of_ones_own_will_do() {
         let (store, path, runtime) = in_memory(&bytes);
         let options = ObjectOptions::new().runtime(runtime.handle().clone());
         // Within a runtime nothing may block by the runtime's own means.
-        let source = runtime.block_on(async {
+        let another = Runtime::new().unwrap();
+        let source = another.block_on(async {
             let source = ObjectSource::open_in(Arc::clone(&store) as _, &path, &options).unwrap();
             let mut page = vec![0; page_size()];
             source.read_at(0, &mut page).unwrap();
@@ -98,6 +102,17 @@ fn a_store_and_a_runtime_of_ones_own_will_do() {
         let engine = engine_builder().build().unwrap();
         let (_vmap, region) = attached(&engine, &list_of(source));
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(|| assert_holds(&region, &bytes)))));
+
+        // A thread of the runtime that is to do the work would wait for itself.
+        let (asked, given) = ((Arc::clone(&store), path.clone()), options.clone());
+        let refused = runtime.block_on(runtime.spawn(async move {
+            let began = Instant::now();
+            let refused = ObjectSource::open_in(asked.0, &asked.1, &given).map(drop).unwrap_err();
+            (refused, began.elapsed())
+        }));
+        let (refused, took) = refused.unwrap();
+        assert!(matches!(refused, Error::Invalid { .. }) && refused.to_string().contains("outside"), "{refused}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
 
         let single = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let options = ObjectOptions::new().runtime(single.handle().clone());
@@ -323,15 +338,87 @@ fn a_machine_without_certificates_is_told() {
     assert_eq!(bytes, [7; 100]);
 }
 
-/// A URL's password and signature, and what settings hold, are not told to whoever reads an error or a log.
+/// A server that answers every request with a status, and keeps what it was asked.
+fn server_of(status: &'static str) -> (SocketAddr, Arc<Mutex<String>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, asked) = (listener.local_addr().unwrap(), Arc::<Mutex<String>>::default());
+    let kept = Arc::clone(&asked);
+    // Ends with the process.
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            for line in BufReader::new(&stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty()) {
+                *kept.lock().unwrap() += &(line + "\n");
+            }
+            // Whoever has hung up is not missed.
+            let _ = write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        }
+    });
+    (address, asked)
+}
+
+/// Passwords and signatures, and what settings hold, are not told to whoever reads an error or a log: whatever a server
+/// answers, and whatever is wrong with the URL.
 #[test]
 fn errors_keep_secrets() {
-    let options = ObjectOptions::new().deadline(Duration::from_millis(300));
-    let refused = refusal("http://user:hunter2@127.0.0.1:1/object?signature=hunter3", &options).to_string();
-    assert!(refused.starts_with("http://user@127.0.0.1:1/object: "), "{refused}");
-    assert!(!refused.contains("hunter"), "{refused}");
+    let options = ObjectOptions::new().deadline(Duration::from_secs(2));
+    for status in ["400 Bad Request", "403 Forbidden", "404 Not Found", "500 Internal Server Error"] {
+        let (address, asked) = server_of(status);
+        let refused = refusal(&format!("http://hunter1:hunter2@{address}/object"), &options).to_string();
+        assert!(refused.starts_with(&format!("http://{address}/object: ")), "{refused}");
+        assert!(!refused.contains("hunter"), "{status}: {refused}");
+        // The server is told: it is "hunter1:hunter2".
+        let asked = asked.lock().unwrap();
+        assert!(asked.to_ascii_lowercase().contains("authorization: basic ahvudgvymtpodw50zxiy"), "{asked}");
+    }
+    for (url, shown) in [
+        ("http://user:hunter2@:bad port/object?sig=hunter3", "http:…: "),
+        ("foo://user:hunter2@host/object?sig=hunter3", "foo:…: "),
+        ("s3:user:hunter2@bucket/key", "s3:…: "),
+        ("user hunter2@host:hunter3", "the URL: "),
+        ("http://hunter1:hunter2@host/a//b", "http://host/a//b: "),
+        ("https://hunter1:hunter2@host/object?sig=hunter3#hunter4", "https://host/object: "),
+        ("s3://user:hunter2@bucket/key", "s3://user@bucket/key: "),
+    ] {
+        let refused = refusal(url, &options).to_string();
+        assert!(refused.starts_with(shown) && !refused.contains("hunter"), "{url}: {refused}");
+    }
     let options = format!("{:?}", options.set("aws_secret_access_key", "hunter4"));
     assert!(options.contains("aws_secret_access_key") && !options.contains("hunter"), "{options}");
+}
+
+/// A name and a password in a URL may hold any byte, and open what they are for.
+#[test]
+fn a_password_of_any_bytes_is_sent() {
+    let (address, asked) = server_of("200 OK");
+    // Refused, because it is empty.
+    let refused = refusal(&format!("http://us%20er:p%3A%C3%A4@{address}/object"), &ObjectOptions::new());
+    assert_eq!(fault(&refused), SourceFault::Empty, "{refused}");
+    let expected = BASE64_STANDARD.encode("us er:p:ä");
+    assert!(asked.lock().unwrap().contains(&format!("Basic {expected}")), "{}", asked.lock().unwrap());
+}
+
+/// What a store would not be asked with is refused, not left away: a signature would else be lost, and another object be read.
+#[test]
+fn a_url_with_more_than_a_name_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), [7; 100]).unwrap();
+    let (address, asked) = server_of("200 OK");
+    let file = format!("file://{}/file", folder.path().display());
+    for (url, why) in [
+        (format!("http://{address}/object?X-Amz-Signature=1234"), "query"),
+        (format!("{file}?version=1"), "query"),
+        (format!("{file}#1"), "fragment"),
+        ("s3://bucket/key?versionId=1".into(), "query"),
+        ("https://account.blob.core.windows.net/container/blob?sv=1&sig=2".into(), "query"),
+        ("s3://name:secret@bucket/key".into(), "password"),
+    ] {
+        let refused = refusal(&url, &ObjectOptions::new());
+        assert_eq!(fault(&refused), SourceFault::Unsupported, "{refused}");
+        assert!(refused.to_string().contains(why), "{refused}");
+    }
+    assert!(asked.lock().unwrap().is_empty());
+    ObjectSource::open(&file, &ObjectOptions::new()).unwrap();
 }
 
 /// Reads of one object go on side by side, as many as there are callers.

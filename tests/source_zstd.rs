@@ -5,18 +5,20 @@ mod support;
 
 use std::io::{Cursor, Error as IoError, ErrorKind, Read, Write};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex, RwLock};
 
 use kiomap::{
     Error, ExtentKind, FnSource, Kiobuf, MadeImage, PageSource, ReadSource, SourceFault, ZstdImage, ZstdOptions,
     page_size,
 };
 use nix::errno::Errno;
+use sha2::{Digest, Sha256};
 use support::contents::{assert_holds, contents, right_or_sigbus};
-use support::{DEADLINE, alone, attached, engine_builder, within};
+use support::{DEADLINE, alone, attached, engine_builder, eventually, within};
 use twox_hash::XxHash64;
 
 /// An image of contents with small frames.
@@ -265,7 +267,7 @@ fn hostile_tables_are_refused() {
     };
     let small = frame(4096);
     let size = small.len() as u32;
-    let cases: [(&str, Vec<u8>, SourceFault); 14] = [
+    let cases: [(&str, Vec<u8>, SourceFault); 15] = [
         ("2^32 - 1 frames", table(&[], u32::MAX, 0), TooLarge),
         ("as many as the format allows", table(&[], 0x0800_0000, 0), TooLarge),
         ("more than there is room for", table(&[(size, 4096, None)], 1000, 0), Corrupt),
@@ -276,6 +278,7 @@ fn hostile_tables_are_refused() {
         ("a frame of 16 MiB and a byte", table(&[(size, (1 << 24) + 1, None)], 1, 0), TooLarge),
         ("more bytes than there are", table(&[(size + 1, 4096, None)], 1, 0), Corrupt),
         ("fewer bytes than there are", table(&[(size - 1, 4096, None)], 1, 0), Corrupt),
+        ("a frame of no bytes", table(&[(0, 4096, None), (size, 4096, None)], 2, 0), Corrupt),
         ("reserved bits", table(&[(size, 4096, None)], 1, 0x04), Corrupt),
         ("checksums that are not there", table(&[(size, 4096, None)], 1, 0x80), Corrupt),
         ("sums that would wrap in 32 bits", table(&[(u32::MAX, 4096, None), (size + 1, 4096, None)], 2, 0), Corrupt),
@@ -301,6 +304,72 @@ fn hostile_tables_are_refused() {
     assert_eq!(fault(&open(image).map(drop).unwrap_err()), Corrupt);
     let unknown = ZstdImage::over(Arc::new(Unsized)).map(drop).unwrap_err();
     assert!(matches!(unknown, Error::Invalid { what: "the length of the source", .. }), "{unknown}");
+}
+
+/// An image of frames of the same length, whose map names runs of them as zeros: what a hostile program makes, with all its
+/// checksums right.
+fn with_map(frames: &[&[u8]], len: u32, runs: &[Range<u32>]) -> Vec<u8> {
+    const NAME: &[u8] = b"kiomap\x00\x01";
+    let map_bytes = 8 + 128 + 8 * runs.len();
+    let entries: Vec<_> = frames.iter().map(|frame| (frame.len() as u32, len, None)).collect();
+    let entries = [&entries[..], &[(map_bytes as u32, 0, None)]].concat();
+    let table = table(&entries, entries.len() as u32, 0);
+    let mut map = 0x184D_2A5B_u32.to_le_bytes().to_vec();
+    map.extend((map_bytes as u32 - 8).to_le_bytes());
+    map.extend(NAME);
+    map.extend((frames.len() as u64 * u64::from(len)).to_le_bytes());
+    map.extend(len.to_le_bytes());
+    map.extend([7; 32]);
+    map.extend(Sha256::digest(&table));
+    map.extend((runs.len() as u32).to_le_bytes());
+    map.extend(runs.iter().flat_map(|run| [run.start, run.end - run.start]).flat_map(u32::to_le_bytes));
+    let digest = Sha256::digest(&map);
+    map.extend(digest);
+    map.extend(NAME);
+    [frames.concat(), map, table].concat()
+}
+
+fn packed(contents: &[u8]) -> Vec<u8> {
+    let mut packed = Vec::with_capacity(zstd_safe::compress_bound(contents.len()));
+    zstd_safe::compress(&mut packed, contents, 1).unwrap();
+    packed
+}
+
+/// However many runs of zeros an image names, its list has a limit: the longest runs are zeros, the others are read.
+#[test]
+fn the_list_of_an_image_with_many_runs_of_zeros_has_a_limit() {
+    const RUNS: u32 = 66_000;
+    let (page, long) = (page_size() as u64, (7 * RUNS / 10, 13));
+    let (data, zeros) = (packed(&vec![7; page_size()]), packed(&vec![0; page_size()]));
+    // A frame of data before each run; the runs are of one frame, but for a long one.
+    let (mut frames, mut runs) = (Vec::new(), Vec::new());
+    for n in 0..RUNS {
+        frames.push(&data[..]);
+        let (start, len) = (frames.len() as u32, if n == long.0 { long.1 } else { 1 });
+        frames.extend((0..len).map(|_| &zeros[..]));
+        runs.push(start..start + len);
+    }
+    let image = Arc::new(open(with_map(&frames, page as u32, &runs)).unwrap());
+    assert_eq!(image.zero_ranges().count(), RUNS as usize);
+    let list = image.list().unwrap();
+    assert_eq!(list.nr_pages(), frames.len() as u64);
+    let zero: Vec<_> = list.extents().filter(|extent| extent.kind == ExtentKind::Zero).collect();
+    assert_eq!(zero.len(), 1 << 16);
+    assert!(zero.iter().any(|run| run.nr_pages == u64::from(long.1) && run.first_page == u64::from(2 * long.0 + 1)));
+    let all: Vec<_> = runs.iter().map(|run| (u64::from(run.start), u64::from(run.end - run.start))).collect();
+    assert!(zero.iter().all(|run| all.binary_search(&(run.first_page, run.nr_pages)).is_ok()));
+}
+
+/// Runs of zeros that begin within a page are refused, with all else: the list would be of other pages than the image.
+#[test]
+fn a_map_of_frames_that_are_no_power_of_two_is_refused() {
+    let len = page_size() + 1000;
+    let (data, zeros) = (packed(&vec![7; len]), packed(&vec![0; len]));
+    let image = with_map(&[&data, &zeros, &data], len as u32, &[1..2]);
+    assert_eq!(fault(&open(image).map(drop).unwrap_err()), SourceFault::Corrupt);
+    let (data, zeros) = (packed(&vec![7; 8192]), packed(&vec![0; 8192]));
+    let image = Arc::new(open(with_map(&[&data, &zeros, &data], 8192, &[1..2])).unwrap());
+    assert_eq!(image.zero_ranges().collect::<Vec<_>>(), [8192..16_384]);
 }
 
 /// A source that does not know its length.
@@ -339,7 +408,7 @@ fn damage_anywhere_gives_right_bytes_or_an_error() {
     let heads: Vec<usize> = (0..image.len()).filter(|&at| image[at..].starts_with(&magic)).collect();
     assert!(heads.len() >= frames);
     // The map of no more than nine runs, and the table.
-    let tail = image.len() - (8 + 8 + 17 + 8 * (frames + 1) + 200)..image.len();
+    let tail = image.len() - (8 + 8 + 17 + 12 * (frames + 1) + 200)..image.len();
     let mut state = 15_u64;
     let picked: Vec<usize> = (0..1500)
         .map(|_| {
@@ -464,6 +533,145 @@ fn an_image_that_is_replaced_gives_no_byte_of_the_other() {
     let right = right_or_error(&image, &one, "after");
     assert!(right < 40, "{right} pages of an image that is gone");
     assert_ne!(image.identity(), open(held.lock().unwrap().clone()).unwrap().identity());
+}
+
+/// Bytes that can't be compressed: all frames of their images are of one size, and lie in the same places.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as u8
+    })
+    .take(len)
+    .collect()
+}
+
+/// An image of the same shape that is written over an open one, in place: no byte of it is shown.
+#[test]
+fn an_image_of_the_same_shape_that_is_written_over_gives_no_byte_of_it() {
+    needs_sources!();
+    alone("an_image_of_the_same_shape_that_is_written_over_gives_no_byte_of_it", || {
+        let (one, two) = (noise(80 * page_size(), 61), noise(80 * page_size(), 62));
+        let [one_image, two_image] = [&one, &two].map(|bytes| image_of(bytes, 4 * page_size()));
+        assert_eq!(one_image.len(), two_image.len());
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&one_image).unwrap();
+        let image = Arc::new(ZstdImage::open(file.path()).unwrap());
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let (_vmap, region) = attached(&engine, &image.list().unwrap());
+        assert!(support::read_page(&region, 0).is_ok());
+        file.as_file().write_all_at(&two_image, 0).unwrap();
+        // The frame of the first touch.
+        assert_eq!(right_or_sigbus(&region, &one), (4, 76));
+    });
+}
+
+/// Frames that are right in themselves, in each other's places: errors of the reads, and of a check.
+#[test]
+fn frames_in_each_others_places_are_errors() {
+    let (frame, bytes) = (4 * page_size(), noise(40 * page_size(), 63));
+    let mut image = image_of(&bytes, frame);
+    let magic = 0xfd2f_b528_u32.to_le_bytes();
+    let packed = (1..).find(|&at| image[at..].starts_with(&magic)).unwrap();
+    assert!(image[2 * packed..].starts_with(&magic));
+    let (first, second) = image.split_at_mut(packed);
+    first.swap_with_slice(&mut second[..packed]);
+    let image = open(image).unwrap();
+    assert_eq!(right_or_error(&image, &bytes, "swapped"), 32);
+    assert_eq!(image.read_at(0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::InvalidData);
+    assert_eq!(fault(&image.verify(|_| {}).unwrap_err()), SourceFault::Corrupt);
+}
+
+/// An image is one source, whatever zeros lie between its data: no more of its reads are under way than
+/// `EngineBuilder::workers` allows for one, and while they hang, another source is served.
+#[test]
+fn an_image_with_zeros_in_between_is_one_source() {
+    const STRETCHES: usize = 80;
+    needs_sources!();
+    alone("an_image_with_zeros_in_between_is_one_source", || {
+        let page = page_size();
+        let mut bytes = noise(2 * STRETCHES * page, 64);
+        bytes.chunks_mut(page).skip(1).step_by(2).for_each(|zeros| zeros.fill(0));
+        let image = image_of(&bytes, page);
+        // How many reads there are now, and were at the most; and whether they hang.
+        let reads = Arc::new((AtomicU64::new(0), AtomicU64::new(0), RwLock::new(())));
+        let (noted, len) = (Arc::clone(&reads), image.len() as u64);
+        let storage = FnSource::new(len, move |at, buf: &mut [u8]| {
+            let (now, most, gate) = &*noted;
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            drop(gate.read().unwrap());
+            now.fetch_sub(1, Ordering::SeqCst);
+            buf.copy_from_slice(&image[at as usize..at as usize + buf.len()]);
+            Ok(())
+        });
+        let image = Arc::new(ZstdImage::over(Arc::new(storage)).unwrap());
+        let list = image.list().unwrap();
+        assert_eq!(list.extents().count(), 2 * STRETCHES);
+        let engine = engine_builder().workers(2).fault_around_pages(1).build().unwrap();
+        let (_vmap, region) = attached(&engine, &list);
+        let mut other = Kiobuf::new();
+        let sevens = FnSource::new(page as u64, |_, buf: &mut [u8]| {
+            buf.fill(7);
+            Ok(())
+        });
+        other.map_source(Arc::new(sevens), page as u64).unwrap();
+        let (_other_vmap, other) = attached(&engine, &other);
+        let (now, most, gate) = &*reads;
+        std::thread::scope(|scope| {
+            let hanging = gate.write().unwrap();
+            for n in 0..STRETCHES {
+                let region = &region;
+                scope.spawn(move || support::read_page(region, 2 * n as u64).unwrap());
+            }
+            eventually("all of them wait", || {
+                let space = &engine.snapshot().unwrap().spaces[0];
+                (space.pending, space.total) == (0, STRETCHES as u64)
+            });
+            eventually("as many reads as may be", || now.load(Ordering::SeqCst) == 2);
+            assert_eq!(support::read_page(&other, 0), Ok(7));
+            drop(hanging);
+        });
+        assert_eq!(most.load(Ordering::SeqCst), 2);
+        assert_holds(&region, &bytes);
+    });
+}
+
+/// A forked process reads an image that other threads were reading at that moment: their locks are nobody's there.
+#[test]
+fn a_forked_process_reads_an_image_that_others_were_reading() {
+    alone("a_forked_process_reads_an_image_that_others_were_reading", || {
+        let bytes = vec![7; 1024 * page_size()];
+        let image_bytes = image_of(&bytes, page_size());
+        let len = image_bytes.len() as u64;
+        let storage = FnSource::new(len, move |at, buf: &mut [u8]| {
+            buf.copy_from_slice(&image_bytes[at as usize..at as usize + buf.len()]);
+            Ok(())
+        });
+        let (image, over) = (ZstdImage::over(Arc::new(storage)).unwrap(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for first in 0..3 {
+                let (image, over) = (&image, &over);
+                scope.spawn(move || {
+                    let mut n = first;
+                    while !over.load(Ordering::Relaxed) {
+                        image.read_at((n % 1024) * page_size() as u64, &mut vec![0; page_size()]).unwrap();
+                        n += 7;
+                    }
+                });
+            }
+            // At any moment of theirs: a child that hangs ends all of this at the deadline.
+            for _ in 0..1500 {
+                let child = support::fork_child(|| {
+                    // The allocator's locks are put right in a child, those of the image are as they were.
+                    let mut page = vec![0; page_size()];
+                    image.read_at(0, &mut page).unwrap();
+                    assert!(page == [7].repeat(page_size()));
+                });
+                support::reap_ok(child);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+    });
 }
 
 /// Frames are read and decompressed side by side: as many reads are under way as there are callers.

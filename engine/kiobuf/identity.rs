@@ -20,15 +20,14 @@ impl Kiobuf {
     /// [`Error::Sys`](crate::Error::Sys): a file can't be examined.
     pub(crate) fn identity(&self) -> Result<[u8; 32]> {
         let mut digest = Sha256::new();
-        let mut put = |word: u64| digest.update(word.to_le_bytes());
-        let mut said = Vec::new();
+        let put = |digest: &mut Sha256, words: &[u64]| words.iter().for_each(|word| digest.update(word.to_le_bytes()));
         // Extents of a layered list name the same file again and again.
         let mut last: Option<(Arc<PagedFile>, [u64; 3])> = None;
         for extent in &self.inner.extents {
-            [extent.nr_pages, extent.valid.start, extent.valid.end].into_iter().for_each(&mut put);
+            put(&mut digest, &[extent.nr_pages, extent.valid.start, extent.valid.end]);
             match &extent.base {
-                Base::Memory(_) => put(1),
-                Base::Mmap { at, .. } => [2, *at as u64].into_iter().for_each(&mut put),
+                Base::Memory(_) => put(&mut digest, &[1]),
+                Base::Mmap { at, .. } => put(&mut digest, &[2, *at as u64]),
                 Base::File { file, at } => {
                     let words = match &last {
                         Some((known, words)) if Arc::ptr_eq(known, file) => *words,
@@ -38,20 +37,20 @@ impl Kiobuf {
                         }
                     };
                     last = Some((Arc::clone(file), words));
-                    [3, *at].into_iter().chain(words).for_each(&mut put);
+                    put(&mut digest, &[3, *at]);
+                    put(&mut digest, &words);
                 }
-                Base::Memfd(memfd) => [4, memfd.at].into_iter().for_each(&mut put),
+                Base::Memfd(memfd) => put(&mut digest, &[4, memfd.at]),
                 Base::Source(part) => {
                     let identity = part.source.identity();
                     let len = identity.as_ref().map_or(0, |identity| 1 + identity.len() as u64);
-                    [5, part.at, len].into_iter().for_each(&mut put);
-                    said.extend(identity.into_iter().flatten());
+                    put(&mut digest, &[5, part.at, len]);
+                    digest.update(identity.unwrap_or_default());
                 }
-                Base::Zero => put(6),
-                Base::Hole => put(7),
+                Base::Zero => put(&mut digest, &[6]),
+                Base::Hole => put(&mut digest, &[7]),
             }
         }
-        digest.update(said);
         Ok(digest.finalize().into())
     }
 }

@@ -29,6 +29,7 @@ impl Kiobuf {
     /// * [`Error::AlreadyMapped`] (`EINVAL`): the list has pages.
     /// * [`Error::Invalid`] (`EINVAL`): the file is empty, is neither a regular file nor a block device, is not open for
     ///   reading, or is open with `O_DIRECT`.
+    /// * [`Error::Fault`] (`EFAULT`): the file became shorter meanwhile.
     /// * [`Error::Sys`]: the file can't be examined, or its descriptor not be duplicated (`EMFILE`).
     pub fn map_sparse_file(&mut self, file: &File) -> Result<()> {
         self.fill_sparse(file, RUNS_MAX, Extent::zeros)
@@ -59,7 +60,13 @@ impl Kiobuf {
             Extent::of_bytes(Base::File { file: Arc::clone(&paged), at: bytes.start }, 0, bytes.end - bytes.start)
         };
         let (page, mut extents, mut done) = (page_size() as u64, Vec::new(), 0);
-        for run in data_runs(file, len, runs_max)? {
+        let runs = data_runs(file, len, runs_max)?;
+        // What is truncated away meanwhile looks like a hole.
+        let now = readable_bytes(file)?;
+        if now < len {
+            return Err(Error::Fault { what: "the file", at: now });
+        }
+        for run in runs {
             if run.start > done {
                 extents.push(between((run.start - done) / page)?);
             }

@@ -73,7 +73,7 @@ impl FileOptions {
         self
     }
 
-    /// Sets what [`PageSource::identity`] answers, a digest for instance. Unless set it is made of the file's inode, size and
+    /// Sets what [`PageSource::identity`] answers, a digest for instance. Unless set it is made of the file's device, inode, size and
     /// time of change, which a copy of the file does not share.
     #[must_use]
     pub fn identity(mut self, identity: Vec<u8>) -> Self {
@@ -277,13 +277,22 @@ fn no_direct(name: &str) -> Error {
 
 fn identity_of(file: &File, len_bytes: u64) -> Result<Vec<u8>> {
     let meta = file.metadata().map_err(Error::io("fstat of a file to page"))?;
-    let (inode, seconds, nanoseconds) = (meta.ino(), meta.mtime(), meta.mtime_nsec());
-    Ok(format!("file {inode} {len_bytes} {seconds}.{nanoseconds:09}").into_bytes())
+    let (device, inode, seconds, nanoseconds) = (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec());
+    Ok(format!("file {device} {inode} {len_bytes} {seconds}.{nanoseconds:09}").into_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Files of two file systems may have the same inode, size and time of change.
+    #[test]
+    fn a_file_is_told_from_one_of_another_device() {
+        let file = tempfile::tempfile().unwrap();
+        let device = file.metadata().unwrap().dev().to_string();
+        let identity = String::from_utf8(identity_of(&file, 7).unwrap()).unwrap();
+        assert!(identity.split(' ').any(|word| word == device), "{identity}");
+    }
 
     /// Reads past the page cache give the bytes that were written, whatever the range and wherever the buffer lies.
     #[test]

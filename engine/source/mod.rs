@@ -9,8 +9,6 @@ use crate::page::page_size;
 pub(crate) mod file;
 #[cfg(feature = "object-store")]
 pub(crate) mod object;
-#[cfg(feature = "zstd")]
-mod part;
 pub(crate) mod reader;
 #[cfg(feature = "zstd")]
 pub(crate) mod zstd;
@@ -25,7 +23,8 @@ pub const GRANULE_MAX_BYTES: usize = 4 << 20;
 pub trait PageSource: Send + Sync + 'static {
     /// Fills all of `buf` with the source's bytes from `offset_bytes` on.
     ///
-    /// The offset is a multiple of the page size, and so is the length of `buf` except at the end of the list. Called
+    /// The offset is a multiple of the page size, and so is the length of `buf`, except at the end of what a list was made of the
+    /// source ([`map_source`](crate::Kiobuf::map_source)): wherever that then lies in a list, as part of another too. Called
     /// on a worker thread of the engine, from several at a time ([`EngineBuilder::workers`](crate::EngineBuilder::workers)), or on
     /// a thread that fills pages itself; it may block, but must not touch memory of the same engine that is still missing.
     ///

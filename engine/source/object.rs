@@ -8,25 +8,33 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, SystemTime};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use futures_util::TryStreamExt;
 use nix::sys::signal::{SigSet, SigmaskHow};
 use object_store::aws::AmazonS3ConfigKey;
 use object_store::azure::AzureConfigKey;
 use object_store::gcp::GoogleConfigKey;
+use object_store::http::HttpBuilder;
 use object_store::path::Path;
-use object_store::{ClientConfigKey, GetOptions, ObjectMeta, ObjectStore, ObjectStoreScheme, parse_url_opts};
+use object_store::{
+    ClientConfigKey, ClientOptions, GetOptions, ObjectMeta, ObjectStore, ObjectStoreScheme, parse_url_opts,
+};
+use percent_encoding::percent_decode_str;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use tokio::runtime::{Builder, Handle, Runtime, RuntimeFlavor};
-use url::Url;
+use url::{Position, Url};
 
 use super::{PageSource, check_granule, check_range};
 use crate::error::{Error, Result, SourceFault};
 
 /// The bytes of a ranged read unless others are asked for: large enough that a store's latency does not rule.
 const GRANULE_BYTES: usize = 256 << 10;
-/// How long a read may take with all its retries, unless another time is asked for.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// How long a read may take with all its retries, unless another time is asked for: less than a vmap waits for a read, so
+/// that the store's own words are told.
+const DEADLINE: Duration = Duration::from_secs(10);
 /// What the library would wait longer for: with these there is time to try again before the deadline.
-const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "10 seconds")];
+const CLIENT_DEFAULTS: [(&str, &str); 2] = [("connect_timeout", "3 seconds"), ("timeout", "5 seconds")];
 
 /// Says how an [`ObjectSource`] reads.
 #[derive(Clone)]
@@ -44,7 +52,7 @@ impl Default for ObjectOptions {
 }
 
 impl ObjectOptions {
-    /// Begins with reads of 256 KiB, a deadline of 30 seconds, and the settings of the environment.
+    /// Begins with reads of 256 KiB, a deadline of 10 seconds, and the settings of the environment.
     pub fn new() -> Self {
         Self::default()
     }
@@ -56,7 +64,8 @@ impl ObjectOptions {
         self
     }
 
-    /// Sets how long opening, and each read, may take with all retries that the library makes; after that it is an error.
+    /// Sets how long opening, and each read, may take with all retries that the library makes; after that it is an error. Keep it
+    /// below the vmap's ([`FailurePolicy::deadline`](crate::FailurePolicy::deadline)), which knows no cause.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -73,6 +82,10 @@ impl ObjectOptions {
 
     /// Has a runtime of the caller's do the work, which must have threads of its own, instead of one with a single thread that
     /// each source starts.
+    ///
+    /// Whoever waits for the object must not be one of these threads, or it may wait for itself until the
+    /// [deadline](ObjectOptions::deadline): so the source is opened outside of that runtime, and what runs on it must touch
+    /// no page of the object that may be missing.
     #[must_use]
     pub fn runtime(mut self, handle: Handle) -> Self {
         self.runtime = Some(handle);
@@ -146,21 +159,48 @@ impl ObjectSource {
     ///
     /// Settings come from the environment, as the crate `object_store` names them (`AWS_…`, `GOOGLE_…`, `AZURE_…`; see
     /// `docs/operations.md`), and from [`ObjectOptions::set`]. TLS is `rustls` with `ring`, which becomes the process's default
-    /// provider unless it has one.
+    /// provider unless it has one. A name and a password in an `http` or `https` URL are sent as they are meant
+    /// (`Authorization: Basic`); no error tells a password.
     ///
     /// # Errors
     ///
-    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only.
+    /// * [`Error::Invalid`] (`EINVAL`): the granule is no power of two from the page size to 4 MiB; the runtime has one thread only, or
+    ///   this is called within it.
     /// * [`Error::Source`]: there is no such object (`ENOENT`) or it is empty (`ENODATA`); it may not be read, or no credentials were
-    ///   found (`EACCES`); the URL or a setting is not understood (`EINVAL`); the store tells neither an etag nor a time, so that
-    ///   a replaced object could not be told (`EOPNOTSUPP`); it did not answer in time (`ETIMEDOUT`); anything else (`EIO`).
+    ///   found (`EACCES`); the URL or a setting is not understood (`EINVAL`); the URL has a query (a signature, say), a fragment, or
+    ///   a password that is of no use there, none of which a store would be asked with, or the store tells neither an etag nor a time,
+    ///   so that a replaced object could not be told (`EOPNOTSUPP`); it did not answer in time (`ETIMEDOUT`); anything else (`EIO`).
     /// * [`Error::Sys`]: the runtime's thread can't be started (`EAGAIN`).
     pub fn open(url: &str, options: &ObjectOptions) -> Result<Self> {
-        let not_understood = |why: String| Error::Source { name: shown(url), fault: SourceFault::NotThatFormat, why };
-        let parsed = Url::parse(url).map_err(|error| not_understood(error.to_string()))?;
-        let (scheme, _) = ObjectStoreScheme::parse(&parsed).map_err(|error| not_understood(error.to_string()))?;
+        let refused = |name: String, fault, why: &str| Error::Source { name, fault, why: why.into() };
+        let parsed = Url::parse(url)
+            .map_err(|error| refused(scheme_of(url), SourceFault::NotThatFormat, &format!("it is no URL: {error}")))?;
+        let name = shown(&parsed);
+        let (scheme, path) = match ObjectStoreScheme::parse(&parsed) {
+            Ok(found) => found,
+            Err(_) => {
+                return Err(match Path::from_url_path(parsed.path()) {
+                    Err(error) => refused(name, SourceFault::NotThatFormat, &error.to_string()),
+                    // What is what in it nobody knows.
+                    Ok(_) => refused(scheme_of(url), SourceFault::NotThatFormat, "no store is known by such URLs"),
+                });
+            }
+        };
+        let lost = match &parsed {
+            url if url.query().is_some() => "a query: set credentials instead of a signature; a ? in a name is %3F",
+            url if url.fragment().is_some() => "a fragment: a # in a name is %23",
+            url if url.password().is_some() && scheme != ObjectStoreScheme::Http => {
+                "a password: set credentials instead"
+            }
+            _ => "",
+        };
+        if !lost.is_empty() {
+            let why = format!("the store would be asked without what its URL has, {lost}");
+            return Err(refused(name, SourceFault::Unsupported, &why));
+        }
         if let Some((unknown, _)) = options.settings.iter().find(|(key, _)| !knows(&scheme, key)) {
-            return Err(not_understood(format!("it has no setting named {unknown}")));
+            let why = format!("it has no setting named {unknown}");
+            return Err(refused(name, SourceFault::NotThatFormat, &why));
         }
         let mut settings: Vec<_> = CLIENT_DEFAULTS.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         if parsed.scheme() == "http" {
@@ -175,8 +215,12 @@ impl ObjectSource {
         }
         let has_credentials =
             scheme != ObjectStoreScheme::AmazonS3 || settings.iter().any(|(key, _)| is_credential(key));
-        let (store, path) = parse_url_opts(&parsed, settings).map_err(|error| opening(&shown(url), &error))?;
-        Self::open_named(shown(url), store.into(), path, options).map_err(|error| match error {
+        let built = match scheme {
+            ObjectStoreScheme::Http => http_store(&parsed, settings),
+            _ => parse_url_opts(&parsed, settings).map(|(store, _)| store.into()),
+        };
+        let store = built.map_err(|error| opening(&name, &error))?;
+        Self::open_named(name, store, path, options).map_err(|error| match error {
             Error::Source { name, fault: SourceFault::TimedOut | SourceFault::Io(_), why } if !has_credentials => {
                 let why =
                     format!("no credentials are set (AWS_ACCESS_KEY_ID and others), and this machine has none: {why}");
@@ -333,13 +377,50 @@ fn opening(name: &str, error: &object_store::Error) -> Error {
     Error::Source { name: name.into(), fault, why: told(error) }
 }
 
-/// Names a URL in errors, without a password or a signature that it may hold.
-fn shown(url: &str) -> String {
-    let Ok(mut parsed) = Url::parse(url) else { return url.into() };
+/// Names a URL in errors, without what may be a secret: a password and a signature; and the name of a user, unless it is
+/// a container, as Azure has it.
+fn shown(url: &Url) -> String {
+    let mut url = url.clone();
     // Refused where there can be none.
-    let _ = parsed.set_password(None);
-    parsed.set_query(None);
-    parsed.to_string()
+    let _ = url.set_password(None);
+    if matches!(url.scheme(), "http" | "https") {
+        let _ = url.set_username("");
+    }
+    url.set_query(None);
+    url.set_fragment(None);
+    url.to_string()
+}
+
+/// Names what is no URL of a store: anything but the scheme may be a secret.
+fn scheme_of(url: &str) -> String {
+    match url.split_once(':') {
+        Some((scheme, _)) if scheme.chars().all(|char| char.is_ascii_alphanumeric() || "+-.".contains(char)) => {
+            format!("{scheme}:…")
+        }
+        _ => "the URL".into(),
+    }
+}
+
+/// Builds the store of an HTTP server. A name and a password in the URL go into a header: the library would not send them, and
+/// tell them in its errors.
+fn http_store(url: &Url, settings: Vec<(String, String)>) -> object_store::Result<Arc<dyn ObjectStore>> {
+    let mut client = ClientOptions::new();
+    for (key, value) in settings {
+        // Others were refused.
+        if let Ok(key) = key.to_ascii_lowercase().parse() {
+            client = client.with_config(key, value);
+        }
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        let decoded = |text: &str| percent_decode_str(text).collect::<Vec<u8>>();
+        let secret = [decoded(url.username()), decoded(url.password().unwrap_or(""))].join(&b':');
+        let mut value = HeaderValue::try_from(format!("Basic {}", BASE64_STANDARD.encode(secret)))
+            .expect("base64 is made of characters that a header may have");
+        value.set_sensitive(true);
+        client = client.with_default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]));
+    }
+    let origin = format!("{}://{}", url.scheme(), &url[Position::BeforeHost..Position::BeforePath]);
+    Ok(Arc::new(HttpBuilder::new().with_url(origin).with_client_options(client).build()?))
 }
 
 /// The settings that the environment has for a store. Others of its variables are not the library's, whatever their names.
@@ -402,6 +483,10 @@ impl Work {
             if handle.runtime_flavor() == RuntimeFlavor::CurrentThread {
                 let rule = "it must have threads of its own: build it multi-threaded";
                 return Err(Error::Invalid { what: "the number of threads of the runtime", value: 1, rule });
+            }
+            if Handle::try_current().is_ok_and(|current| current.id() == handle.id()) {
+                let rule = "none may wait for it: open the object outside of that runtime";
+                return Err(Error::Invalid { what: "the threads of the runtime that open the object", value: 1, rule });
             }
             return Ok(Work::Given { handle, pid });
         }

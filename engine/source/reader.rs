@@ -9,10 +9,15 @@ use crate::page::page_size;
 
 /// Reads pages of anything that reads and seeks: one read at a time, because it has one position.
 ///
-/// A reader that ends before its length, as it was when this was made, is an error of the read and so SIGBUS.
+/// A reader that ends before its length, as it was when this was made, is an error of the read and so SIGBUS. The position must
+/// be this reader's own: who moves it meanwhile, through a descriptor that shares it for instance, makes it read bytes of another
+/// place. So files are better off with a [`FileSource`](crate::FileSource), which has none; and a process that is forked, with
+/// which a file would share it, can't read by itself (the engine's pages are there all the same).
 #[derive(Debug)]
 pub struct ReadSource<R> {
     reader: Mutex<R>,
+    /// The process that may move the reader's position.
+    pid: u32,
     len_bytes: u64,
     granule_bytes: usize,
     identity: Option<Vec<u8>>,
@@ -31,7 +36,8 @@ impl<R: Read + Seek + Send + 'static> ReadSource<R> {
             let why = "a page list maps at least one byte".into();
             return Err(Error::Source { name: name.into(), fault: SourceFault::Empty, why });
         }
-        Ok(Self { reader: Mutex::new(reader), len_bytes, granule_bytes: page_size(), identity: None })
+        let (reader, pid) = (Mutex::new(reader), std::process::id());
+        Ok(Self { reader, pid, len_bytes, granule_bytes: page_size(), identity: None })
     }
 
     /// Sets how many bytes are read at once for a touch; a page unless set.
@@ -55,6 +61,9 @@ impl<R: Read + Seek + Send + 'static> ReadSource<R> {
 impl<R: Read + Seek + Send + 'static> PageSource for ReadSource<R> {
     fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> io::Result<()> {
         check_range(offset_bytes, buf.len(), self.len_bytes)?;
+        if self.pid != std::process::id() {
+            return Err(io::Error::other("a forked process shares the reader's position: it can't read by itself"));
+        }
         // A reader that panicked has some position; this gives it another.
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let at = reader.seek(SeekFrom::Start(offset_bytes))?;

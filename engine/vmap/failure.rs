@@ -20,7 +20,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// The longest deadline and back-off that may be asked for: a year.
 const LONGEST: Duration = Duration::from_secs(365 * 86400);
 
-/// Says what becomes of a page whose read fails ([`VmapBuilder::on_failure`](crate::VmapBuilder::failure_policy)).
+/// Says what becomes of a page whose read fails ([`VmapBuilder::failure_policy`](crate::VmapBuilder::failure_policy)).
 ///
 /// A source's or file's error, a panic and a file that has become too short are all the same: the read is tried again after a
 /// pause, which doubles each time up to 10 seconds. When the tries are used up, or the deadline has passed, the touch is SIGBUS.

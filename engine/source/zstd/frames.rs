@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 use zeekstd::{BytesWrapper, SEEK_TABLE_INTEGRITY_SIZE, SEEKABLE_MAGIC_NUMBER, SeekTable};
 
 use super::storage::Storage;
+use super::table::HAS_CHECKSUMS;
 use super::{FRAME_MAX_BYTES, FRAMES_MAX};
 use crate::error::{Result, SourceFault};
 
@@ -52,7 +53,7 @@ impl Frames {
             ));
         }
         // Before anything is allocated for them.
-        let (nr_frames, has_checksums) = (word(0), footer[4] & 0x80 != 0);
+        let (nr_frames, has_checksums) = (word(0), footer[4] & HAS_CHECKSUMS != 0);
         if nr_frames > FRAMES_MAX {
             let why =
                 format!("its table has {nr_frames} frames, and the limit is {FRAMES_MAX}: make it with larger frames");
@@ -86,8 +87,8 @@ impl Frames {
                     format!("a frame of {len} bytes, and the limit is {FRAME_MAX_BYTES}: make it with smaller frames");
                 return Err(storage.error(SourceFault::TooLarge, &why));
             }
-            // Far more than zstd makes of what can't be compressed.
-            if len > 0 && packed > 2 * len + (1 << 16) {
+            // No byte, or far more than zstd makes of what can't be compressed.
+            if len > 0 && (packed == 0 || packed > 2 * len + (1 << 16)) {
                 return Err(corrupt(format!("a frame of {len} bytes can't take {packed} compressed")));
             }
         }

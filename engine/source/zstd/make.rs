@@ -3,11 +3,11 @@
 use std::io::{ErrorKind, Read, Write};
 
 use sha2::{Digest, Sha256};
-use zeekstd::SeekTable;
 use zstd_safe::{CCtx, CParameter};
 
 use super::super::GRANULE_MAX_BYTES;
 use super::map::{ImageMap, encoded_bytes};
+use super::table::TableBuilder;
 use super::{FRAMES_MAX, ZstdImage};
 use crate::error::{Error, Result, SourceFault};
 use crate::page::page_size;
@@ -103,7 +103,7 @@ impl ZstdImage {
             context.set_parameter(parameter).map_err(refused)?;
         }
 
-        let (mut table, mut digest) = (SeekTable::new(), Sha256::new());
+        let (mut table, mut digest) = (TableBuilder::default(), Sha256::new());
         let mut made = MadeImage { len_bytes: 0, image_bytes: 0, zero_bytes: 0, contents_sha256: [0; 32] };
         let mut zero_frames: Vec<std::ops::Range<u32>> = Vec::new();
         let mut frame = vec![0; frame_bytes];
@@ -114,7 +114,7 @@ impl ZstdImage {
                 break;
             }
             let contents = &frame[..len];
-            let index = table.num_frames();
+            let index = table.nr_frames();
             // One is left for the map.
             if index + 1 >= FRAMES_MAX {
                 let why = "more than 4 Mi frames: make them larger";
@@ -123,7 +123,7 @@ impl ZstdImage {
             packed.clear();
             context.compress2(&mut packed, contents).map_err(refused)?;
             write.write_all(&packed).map_err(writing)?;
-            log(&mut table, packed.len(), len);
+            table.push(packed.len(), contents);
             digest.update(contents);
             if is_zero(contents) {
                 made.zero_bytes += len as u64;
@@ -144,12 +144,9 @@ impl ZstdImage {
         made.contents_sha256 = digest.finalize().into();
 
         // The table lists the map, as a frame that holds nothing; the map names the table's digest.
-        log(&mut table, encoded_bytes(zero_frames.len()), 0);
-        made.image_bytes = table.size_comp();
-        let mut serializer = table.into_serializer();
-        let mut table = vec![0; serializer.encoded_len()];
-        let written = serializer.write_into(&mut table);
-        debug_assert_eq!(written, table.len());
+        table.push(encoded_bytes(zero_frames.len()), &[]);
+        made.image_bytes = table.compressed_bytes;
+        let table = table.encode();
         made.image_bytes += table.len() as u64;
         let map = ImageMap {
             len_bytes: made.len_bytes,
@@ -162,11 +159,6 @@ impl ZstdImage {
         write.flush().map_err(writing)?;
         Ok(made)
     }
-}
-
-/// Notes a frame, of which there are never too many here.
-fn log(table: &mut SeekTable, packed_bytes: usize, bytes: usize) {
-    table.log_frame(packed_bytes as u32, bytes as u32).expect("fewer frames than the format allows");
 }
 
 /// Reads until the buffer is full or there is no more; returns how much there was.

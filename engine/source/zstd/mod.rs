@@ -1,16 +1,15 @@
 //! Compressed images in the seekable format of zstd: frames that are decompressed each by itself, and a table of them.
 
+use std::cmp::Reverse;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
-use twox_hash::XxHash64;
 use zstd_safe::DCtx;
 
 use super::file::{FileOptions, FileSource};
-use super::part::Part;
 use super::{GRANULE_MAX_BYTES, PageSource, check_range};
 use crate::error::{Error, Result, SourceFault};
 use crate::kiobuf::Kiobuf;
@@ -20,6 +19,7 @@ mod frames;
 mod make;
 mod map;
 mod storage;
+mod table;
 
 pub use make::{MadeImage, ZstdOptions};
 
@@ -27,12 +27,14 @@ use frames::{Frame, Frames};
 use map::ImageMap;
 use storage::Storage;
 
-/// The frames of an image at the most; their table takes 16 bytes of memory for each. With frames of 128 KiB that is 512 GiB.
+/// The frames of an image at the most; their table takes 20 bytes of memory for each. With frames of 128 KiB that is 512 GiB.
 const FRAMES_MAX: u32 = 1 << 22;
 /// The bytes of a frame at the most, decompressed: a read may take as much memory twice.
 const FRAME_MAX_BYTES: usize = 1 << 24;
 /// Decompressors that wait for the next read at the most, some 100 KiB each.
 const IDLE_CONTEXTS_MAX: usize = 8;
+/// The runs of zeros that a list names, at the most: each is looked up and kept in memory.
+const RUNS_MAX: usize = 1 << 16;
 
 /// Reads pages of a compressed image in the seekable format of zstd.
 ///
@@ -40,9 +42,10 @@ const IDLE_CONTEXTS_MAX: usize = 8;
 /// too. [`ZstdImage::make`] makes one whose frames all have checksums, and that knows its zeros and its identity. Reads of
 /// different frames, or of the same, go on side by side.
 ///
-/// A frame is checked before any byte of it is used: its length, and the checksum in the frame or the table. What fails is
-/// an error, and so SIGBUS. In images of other tools the table has no checksum of its own, and frames may lack theirs: damage
-/// there may go unnoticed.
+/// A frame is checked before any byte of it is used: its length, and the checksums in the frame and the table. What fails is
+/// an error, and so SIGBUS. The table stays in memory from the opening on: with its checksums, a right frame in a wrong place
+/// and one of another image, written over this one, are errors too. In images of other tools the table has no checksum of its own
+/// and often none of the frames, which may lack theirs: damage there may go unnoticed.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -112,30 +115,32 @@ impl ZstdImage {
         Ok(Self { storage, frames, map, granule_bytes, contexts: Mutex::default() })
     }
 
-    /// Lists the pages of the image: those of frames that hold nothing but zeros cost no read.
+    /// Lists the pages of the image: those of frames that hold nothing but zeros cost no read. Of more than 65,536 runs of
+    /// such frames the longest are meant; the others are read.
     ///
     /// # Errors
     ///
     /// [`Error::Overflow`] (`EOVERFLOW`): never, unless pages are larger than frames may be.
     pub fn list(self: &Arc<Self>) -> Result<Kiobuf> {
-        let (page, mut parts, mut done) = (page_size() as u64, Vec::new(), 0);
-        let read = |parts: &mut Vec<Kiobuf>, bytes: Range<u64>| {
-            if !bytes.is_empty() {
-                let (mut list, len) = (Kiobuf::new(), bytes.end - bytes.start);
-                list.map_source(Arc::new(Part { source: Arc::clone(self) as _, bytes }), len)?;
-                parts.push(list);
-            }
-            Ok::<_, Error>(())
-        };
-        for zeros in self.zero_ranges() {
-            read(&mut parts, done..zeros.start)?;
-            let mut list = Kiobuf::new();
-            list.map_zero((zeros.end - zeros.start).div_ceil(page))?;
-            parts.push(list);
-            done = zeros.end;
+        let page = page_size() as u64;
+        let (mut whole, mut list) = (Kiobuf::new(), Kiobuf::new());
+        whole.map_source(Arc::clone(self) as _, self.frames.len_bytes)?;
+        let mut runs: Vec<Range<u64>> = self.zero_ranges().collect();
+        if runs.len() > RUNS_MAX {
+            runs.select_nth_unstable_by_key(RUNS_MAX, |run| Reverse(run.end - run.start));
+            runs.truncate(RUNS_MAX);
+            runs.sort_unstable_by_key(|run| run.start);
         }
-        read(&mut parts, done..self.frames.len_bytes)?;
-        Kiobuf::concat(&parts)
+        for run in runs {
+            // A run begins with a page, and ends with one or with the image.
+            let (start, end) = (run.start / page, run.end.div_ceil(page));
+            list.expand(&whole.slice(list.nr_pages()..start)?)?;
+            let mut zeros = Kiobuf::new();
+            zeros.map_zero(end - start)?;
+            list.expand(&zeros)?;
+        }
+        list.expand(&whole.slice(list.nr_pages()..whole.nr_pages())?)?;
+        Ok(list)
     }
 
     /// Returns the bytes that are known to be zeros without a read, in order.
@@ -201,28 +206,36 @@ impl ZstdImage {
             io::Error::new(ErrorKind::InvalidData, why)
         };
         let packed = self.storage.fetch(frame.compressed.clone())?;
-        let idle = self.contexts.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let Some(mut context) = idle.or_else(DCtx::try_create) else {
+        let Some(mut context) = self.idle_context().or_else(DCtx::try_create) else {
             return Err(io::Error::new(ErrorKind::OutOfMemory, "no memory for a decompressor"));
         };
         let outcome = context.decompress(buf, &packed);
-        {
-            let mut idle = self.contexts.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() < IDLE_CONTEXTS_MAX {
-                idle.push(context);
-            }
-        }
+        self.keep_context(context);
         match outcome {
             Err(code) => return Err(corrupt(zstd_safe::get_error_name(code).into())),
             Ok(count) if count != buf.len() => return Err(corrupt(format!("it holds {count} bytes"))),
             Ok(_) => {}
         }
         match frame.checksum {
-            // The format keeps the low half.
-            Some(checksum) if checksum != XxHash64::oneshot(0, buf) as u32 => {
+            Some(checksum) if checksum != table::checksum(buf) => {
                 Err(corrupt("its checksum in the seek table is another".into()))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Takes a decompressor that nobody uses, unless somebody else looks for one: in a forked process nobody may ever come back
+    /// from there.
+    fn idle_context(&self) -> Option<DCtx<'static>> {
+        self.contexts.try_lock().ok()?.pop()
+    }
+
+    /// Keeps a decompressor for the next read, or drops it.
+    fn keep_context(&self, context: DCtx<'static>) {
+        if let Ok(mut idle) = self.contexts.try_lock()
+            && idle.len() < IDLE_CONTEXTS_MAX
+        {
+            idle.push(context);
         }
     }
 }
@@ -248,6 +261,7 @@ fn read_map(storage: &Storage, frames: &Frames) -> Result<Option<ImageMap>> {
     let frame_bytes = u64::from(map.frame_bytes);
     let nr_frames = if frame_bytes == 0 { 0 } else { map.len_bytes.div_ceil(frame_bytes) };
     let fits = frame.contents.is_empty()
+        && map.frame_bytes.is_power_of_two()
         && map.len_bytes == frames.len_bytes
         && frames.frame_bytes().is_some_and(|len| len == frame_bytes || (nr_frames == 1 && len == map.len_bytes))
         && map.zero_frames.last().is_none_or(|run| u64::from(run.end) <= nr_frames);
