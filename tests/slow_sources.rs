@@ -278,6 +278,50 @@ fn a_read_that_nobody_waits_for_is_not_made() {
     });
 }
 
+/// Appending to a list changes none of its pages: reads that are under way go on, those that wait are made, and fail, as if
+/// nothing had been appended, and touches of the longer list join them.
+#[test]
+fn an_expand_takes_no_read_away() {
+    alone("an_expand_takes_no_read_away", || {
+        needs_sources!();
+        let engine = engine_builder().workers(1).fault_around_pages(1).build().unwrap();
+        let source = SlowSource::shut(Says::default());
+        let vmap = engine.vmap_builder(&source.list(100)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        std::thread::scope(|scope| {
+            let first = touches(scope, &engine, &region, 3);
+            source.wait_for_inside(1);
+            let queued = touches(scope, &engine, &region, 40);
+            vmap.expand(&pages(1)).unwrap();
+            let longer = Arc::new(vmap.attach(&AttachOptions::new()).unwrap());
+            let joined = [3, 40].map(|page| {
+                let (before, longer) = (engine.stats().faults, Arc::clone(&longer));
+                let toucher = scope.spawn(move || read_page(&longer, page));
+                eventually("the fault is read", || engine.stats().faults > before);
+                (page, toucher)
+            });
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            for (page, toucher) in [(3, first), (40, queued)].into_iter().chain(joined) {
+                assert_eq!(toucher.join().unwrap(), Ok(mark(page)));
+            }
+        });
+        assert_eq!(source.asked(), [3..4, 40..41]);
+        let source = SlowSource::shut(Says::default());
+        let vmap = engine.vmap_builder(&source.list(100)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        source.fail(true);
+        std::thread::scope(|scope| {
+            let toucher = touches(scope, &engine, &region, 3);
+            source.wait_for_inside(1);
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            assert!(toucher.join().unwrap().is_err_and(|refused| refused.signal == libc::SIGBUS));
+        });
+        assert_eq!((source.asked().len(), vmap.stats().worker_reads), (1, 1));
+    });
+}
+
 /// Threads of several processes wait for one read, and each gets the page.
 #[test]
 fn one_read_is_for_the_waiters_of_all_processes() {

@@ -800,12 +800,12 @@ impl Handler {
                         // The asker keeps both lists alive until it is answered: nothing is freed here.
                         target.list = contents.list.clone();
                         target.window = contents.window.clone();
-                        target.generation = contents.generation;
+                        (target.generation, target.kept_since) = (contents.generation, contents.kept_since);
                     }
                 }
-                let generation = contents.generation;
+                let kept_since = contents.kept_since;
                 drop(contents);
-                self.end_outdated_reads(vmap, generation);
+                self.end_outdated_reads(vmap, kept_since);
                 reply.answer(());
             }
             Command::Read { subject, generation, pages, reply } if !self.retired => {

@@ -102,10 +102,10 @@ pub(crate) struct Ended {
 pub(crate) enum How {
     /// The backing object holds its pages.
     Installed,
-    /// It says nothing: the list was exchanged, or several pages failed together. They are to be asked for anew, each alone if so.
+    /// It says nothing: the list was taken back, or several pages failed together. They are to be asked for anew, each alone if so.
     Again { alone: bool },
     /// Its pages can't be had.
-    Failed { generation: u64, pages: Range<u64>, why: Why, tries: u32 },
+    Failed { vmap: u64, generation: u64, pages: Range<u64>, why: Why, tries: u32 },
 }
 
 /// What a worker came to.
@@ -115,8 +115,8 @@ pub(crate) enum Outcome {
     Installed {
         pages: u64,
     },
-    /// The list was exchanged meanwhile, or the engine was shut down.
-    Exchanged,
+    /// The list was taken back meanwhile, or the engine was shut down.
+    TakenBack,
     Failed(Why),
 }
 
@@ -155,20 +155,19 @@ impl Reads {
     }
 
     /// Finds the read that brings a page.
-    pub(crate) fn covering(&self, vmap: u64, generation: u64, pgoff: u64) -> Option<u64> {
-        self.alive(vmap, generation).find(|read| read.wanted.pages.contains(&pgoff)).map(|read| read.id)
+    pub(crate) fn covering(&self, vmap: u64, pgoff: u64) -> Option<u64> {
+        self.alive(vmap).find(|read| read.wanted.pages.contains(&pgoff)).map(|read| read.id)
     }
 
-    /// The reads of a list that somebody may join.
-    fn alive(&self, vmap: u64, generation: u64) -> impl Iterator<Item = &Read> {
-        self.reads.iter().filter(move |read| {
-            (read.wanted.vmap, read.wanted.generation) == (vmap, generation) && read.state != State::Late
-        })
+    /// The reads that somebody may join, whichever list of the vmap they are of: what an older one has is in the newer one too,
+    /// and reads of what was taken back are ended ([`Reads::outdated`]).
+    fn alive(&self, vmap: u64) -> impl Iterator<Item = &Read> {
+        self.reads.iter().filter(move |read| read.wanted.vmap == vmap && read.state != State::Late)
     }
 
     /// Cuts off what other reads bring; `pgoff` is a page that none does.
-    pub(crate) fn gap(&self, vmap: u64, generation: u64, pages: Range<u64>, pgoff: u64) -> Range<u64> {
-        self.alive(vmap, generation).fold(pages, |gap, Read { wanted: Wanted { pages, .. }, .. }| {
+    pub(crate) fn gap(&self, vmap: u64, pages: Range<u64>, pgoff: u64) -> Range<u64> {
+        self.alive(vmap).fold(pages, |gap, Read { wanted: Wanted { pages, .. }, .. }| {
             if pages.end <= pgoff { gap.start.max(pages.end)..gap.end } else { gap.start..gap.end.min(pages.start) }
         })
     }
@@ -257,10 +256,10 @@ impl Reads {
         cancelled
     }
 
-    /// Finds a read of a list that is not the vmap's any more, to be told to those who wait for it.
-    pub(crate) fn outdated(&mut self, vmap: u64, generation: u64) -> Option<Ended> {
+    /// Finds a read of a list before a generation, whose pages may have been taken back, to be told to those who wait for it.
+    pub(crate) fn outdated(&mut self, vmap: u64, kept_since: u64) -> Option<Ended> {
         let index = self.reads.iter().position(|Read { wanted, state, .. }| {
-            wanted.vmap == vmap && wanted.generation < generation && *state != State::Late
+            wanted.vmap == vmap && wanted.generation < kept_since && *state != State::Late
         })?;
         Some(self.end(index, How::Again { alone: false }))
     }
@@ -361,7 +360,7 @@ impl Reads {
         }
         let how = match outcome {
             Outcome::Installed { .. } => How::Installed,
-            Outcome::Exchanged => How::Again { alone: false },
+            Outcome::TakenBack => How::Again { alone: false },
             Outcome::Failed(why) => match self.reads[index].failed(why, now) {
                 Failure::Ended(how) => how,
                 Failure::Paused => {
@@ -405,8 +404,9 @@ impl Reads {
         self.soonest = Some(now);
         let Read { wanted, tries, state, .. } = &self.reads[index];
         let tries = tries + u32::from(*state == State::Made);
-        let (generation, pages) = (wanted.generation, wanted.pages.clone());
-        Some(self.end(index, How::Failed { generation, pages, why: Why::deadline(), tries }))
+        let Wanted { vmap, generation, ref pages, .. } = *wanted;
+        let pages = pages.clone();
+        Some(self.end(index, How::Failed { vmap, generation, pages, why: Why::deadline(), tries }))
     }
 
     /// The next time at which something is to be done; it may be too early.
@@ -439,8 +439,8 @@ impl Read {
         self.tries += 1;
         let until = now.after(self.wanted.policy.pause_after(self.tries));
         if self.tries > self.wanted.policy.retries || until >= self.deadline {
-            let Wanted { generation, ref pages, .. } = self.wanted;
-            return Failure::Ended(How::Failed { generation, pages: pages.clone(), why, tries: self.tries });
+            let Wanted { vmap, generation, ref pages, .. } = self.wanted;
+            return Failure::Ended(How::Failed { vmap, generation, pages: pages.clone(), why, tries: self.tries });
         }
         self.state = State::Paused { until };
         Failure::Paused

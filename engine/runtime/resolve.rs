@@ -83,7 +83,7 @@ impl Resolver {
             }
             return Answer::Stray;
         };
-        if fault.failed == Some(area.target.generation) {
+        if fault.failed.is_some_and(|(vmap, generation)| area.target.keeps(vmap, generation)) {
             return self.poison(space, uffd, fault);
         }
         if area.target.page.is_huge() {

@@ -130,8 +130,7 @@ impl Resolver {
         fault: &Fault,
         pgoff: u64,
     ) -> Option<Answer> {
-        let Target { vmap, generation, .. } = &area.target;
-        let id = self.slow.reads.covering(vmap.id, *generation, pgoff)?;
+        let id = self.slow.reads.covering(area.target.vmap.id, pgoff)?;
         if self.is_worker(fault) {
             return Some(self.refuse_worker(space, uffd, fault));
         }
@@ -163,7 +162,7 @@ impl Resolver {
         // While a vmap grows its object does not hold all pages of the list yet.
         let held = target.vmap.nr_pages().max(pgoff + 1);
         let widened = widened.start..widened.end.min(held);
-        let pages = self.slow.reads.gap(target.vmap.id, target.generation, widened, pgoff);
+        let pages = self.slow.reads.gap(target.vmap.id, widened, pgoff);
         let is_unit = unit.start <= pages.start && pages.end <= unit.end;
         Some(Wanted {
             vmap: target.vmap.id,
@@ -355,9 +354,13 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
     match waiter {
         Waiter::Fault(fault) => {
             let index = spaces.binary_search_by_key(&fault.space, |space| space.id).ok()?;
-            let Target { vmap, list, window, generation, .. } = &spaces[index].table.find(fault.addr)?.target;
-            let is_same = (vmap.id, *generation) == (wanted.vmap, wanted.generation);
-            is_same.then(|| Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
+            let target = &spaces[index].table.find(fault.addr)?.target;
+            let Target { vmap, list, window, .. } = target;
+            target.keeps(wanted.vmap, wanted.generation).then(|| Subject {
+                vmap: Arc::clone(vmap),
+                list: list.clone(),
+                window: window.clone(),
+            })
         }
         Waiter::Asker { subject: Subject { vmap, list, window }, .. } => {
             Some(Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })

@@ -62,9 +62,9 @@ impl Handler {
         }
     }
 
-    /// Ends the reads of a list that was exchanged: those who wait ask the new one.
-    pub(super) fn end_outdated_reads(&mut self, vmap: u64, generation: u64) {
-        while let Some(ended) = self.resolver.slow.reads.outdated(vmap, generation) {
+    /// Ends the reads of what was taken back: those who wait ask the new list.
+    pub(super) fn end_outdated_reads(&mut self, vmap: u64, kept_since: u64) {
+        while let Some(ended) = self.resolver.slow.reads.outdated(vmap, kept_since) {
             self.end_read(ended);
         }
     }
@@ -111,11 +111,11 @@ impl Handler {
                 self.follow(fault, answer);
             }
             How::Again { alone } => self.answer(Fault { retries, alone: fault.alone || alone, ..fault }),
-            How::Failed { generation, .. } => {
+            How::Failed { vmap, generation, .. } => {
                 if let Some(area) = self.spaces[index].table.find(fault.addr) {
                     self.resolver.count_failed(area);
                 }
-                self.answer(Fault { retries, failed: Some(generation), ..fault });
+                self.answer(Fault { retries, failed: Some((vmap, generation)), ..fault });
             }
         }
     }
