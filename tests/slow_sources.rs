@@ -482,6 +482,68 @@ fn a_retry_heals_pages_in_all_processes() {
     });
 }
 
+/// A retry waits for a source that hangs once, however many of its pages have failed, and brings what others have.
+#[test]
+fn a_retry_waits_for_one_deadline_of_a_source() {
+    alone("a_retry_waits_for_one_deadline_of_a_source", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        if !engine.features().contains(Features::POISON) {
+            skip!("without POISON a page that was refused stays so");
+        }
+        let (hung, failing) = (SlowSource::shut(Says::default()), SlowSource::new(Says::default()));
+        let mut list = hung.list(20);
+        list.expand(&failing.list(20)).unwrap();
+        let (vmap, region) = region_of(&engine, &list, once().deadline(Duration::from_millis(50)));
+        failing.fail(true);
+        let refused = [2, 3, 4, 15, 17, 25, 30];
+        refused.iter().for_each(|&page| assert_sigbus(&region, page));
+        failing.fail(false);
+        let before = engine.stats().reads_expired;
+        let failed = vmap.retry(0..40).unwrap_err();
+        assert!(matches!(failed, Error::NoPage { pgoff: 2, .. }), "{failed}");
+        assert_eq!(engine.stats().reads_expired - before, 1);
+        [25, 30].iter().for_each(|&page| assert_eq!(read_page(&region, page), Ok(mark(page - 20))));
+        [2, 3, 4, 15, 17].iter().for_each(|&page| assert_sigbus(&region, page));
+        hung.open();
+        eventually("the source is left", || hung.inside().0 == 0);
+        vmap.retry(0..40).unwrap();
+        [2, 3, 4, 15, 17].iter().for_each(|&page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+    });
+}
+
+/// Two who ask at once for the same pages both have them when they are told so, also over an expand.
+#[test]
+fn two_retries_at_once_both_bring_the_pages() {
+    alone("two_retries_at_once_both_bring_the_pages", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        if !engine.features().contains(Features::POISON) {
+            skip!("without POISON a page that was refused stays so");
+        }
+        let source = SlowSource::new(Says::default());
+        let vmap = engine.vmap_builder(&source.list(20)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        source.fail(true);
+        assert_sigbus(&region, 5);
+        source.fail(false);
+        source.shut_again();
+        std::thread::scope(|scope| {
+            let retry = || {
+                vmap.retry(0..20).unwrap();
+                assert_eq!(read_page(&region, 5), Ok(mark(5)));
+            };
+            let first = scope.spawn(retry);
+            source.wait_for_inside(1);
+            let second = scope.spawn(retry);
+            eventually("the second asks too", || source.inside().0 == 2 || second.is_finished());
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            [first, second].into_iter().for_each(|retry| retry.join().unwrap());
+        });
+    });
+}
+
 /// It may be called where the failure is told.
 #[test]
 fn a_report_may_ask_again() {

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::buffers::ReadBuffer;
 use super::call::Ticket;
 use super::huge::HugeMemory;
-use super::reads::{Outcome, Subject};
+use super::reads::{How, Outcome, Subject};
 use super::strays::{Finding, LookupId};
 use crate::process::ledger::Private;
 use crate::snapshot::View;
@@ -85,9 +85,9 @@ pub(crate) enum Command {
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
-    /// Reads pages as a touch of them would, all of one extent, and answers when they are there or can't be had. The asker keeps
+    /// Reads pages as a touch of them would, all of one extent or of one huge page, and answers with what came of it. The asker keeps
     /// the subject alive, and answers for no other part of the list.
-    Read { subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<Result<(), Why>> },
+    Read { subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<How> },
     /// Has pages of a vmap that its object holds be mapped wherever they were SIGBUS.
     Heal { vmap: u64, pages: Range<u64>, reply: Ticket<Result<(), Changing>> },
     /// Copies every space and its areas into the asker's memory.

@@ -33,7 +33,7 @@ pub(crate) enum Waiter {
     /// A thread that touched one of its pages.
     Fault(Fault),
     /// A thread that asked for them. It keeps what the subject refers to alive until it is answered.
-    Asker { subject: Subject, reply: Ticket<Result<(), Why>> },
+    Asker { subject: Subject, reply: Ticket<How> },
 }
 
 /// How far a read has come.

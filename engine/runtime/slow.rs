@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::around::FaultAround;
 use super::buffers::Buffers;
+use super::call::Ticket;
 use super::command::{Lent, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::reads::{Asked, Ended, How, Limits, Outcome, Reads, Subject, Waiter, Wanted};
@@ -21,7 +22,7 @@ use crate::space::{Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{Stop, Userfault};
-use crate::vmap::failure::Why;
+use crate::vmap::failure::{FailureCause, Why};
 use crate::vmap::page_size::PageSize;
 
 /// How long buffers are kept for the next reads.
@@ -189,19 +190,18 @@ impl Resolver {
     }
 
     /// Reads pages for a thread that asks for them.
-    pub(crate) fn ask_for(
-        &mut self,
-        subject: Subject,
-        generation: u64,
-        pages: Range<u64>,
-        reply: super::call::Ticket<Result<(), Why>>,
-    ) {
+    pub(crate) fn ask_for(&mut self, subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<How>) {
+        let (vmap, asked) = (subject.vmap.id, pages.clone());
+        let refused = |errno, message| {
+            let why = Why::new(FailureCause::Error(errno), message);
+            How::Failed { vmap, generation, pages: asked, why, tries: 0 }
+        };
         let Some(ReadUnit { pages: unit, run, medium, is_quick }) = subject.list.read_unit(pages.start) else {
-            return reply.answer(Err(Why::new(crate::vmap::failure::FailureCause::Error(Errno::EFAULT), "no page")));
+            return reply.answer(refused(Errno::EFAULT, "no page"));
         };
         let page = subject.vmap.page();
         let wanted = Wanted {
-            vmap: subject.vmap.id,
+            vmap,
             generation,
             run,
             huge: page.is_huge().then_some(page),
@@ -216,8 +216,7 @@ impl Resolver {
         };
         if let Err(Waiter::Asker { subject, reply }) = self.slow.reads.ask(wanted, Waiter::Asker { subject, reply }) {
             drop(subject);
-            let why = Why::new(crate::vmap::failure::FailureCause::Error(Errno::ENOMEM), "no memory to ask for it");
-            reply.answer(Err(why));
+            reply.answer(refused(Errno::ENOMEM, "no memory to ask for it"));
         }
     }
 

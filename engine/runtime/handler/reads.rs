@@ -92,11 +92,7 @@ impl Handler {
                 Waiter::Asker { subject, reply } => {
                     // The asker keeps what it refers to as long as it waits.
                     drop(subject);
-                    reply.answer(match &how {
-                        How::Installed => Ok(()),
-                        How::Again { .. } => Err(again()),
-                        How::Failed { why, .. } => Err(*why),
-                    });
+                    reply.answer(how.clone());
                 }
             }
         }
@@ -161,13 +157,4 @@ impl Handler {
 struct Failing {
     why: crate::vmap::failure::Why,
     tries: u32,
-}
-
-/// What an asker is told whose read says nothing.
-fn again() -> crate::vmap::failure::Why {
-    use crate::vmap::failure::{FailureCause, Why};
-    Why::new(
-        FailureCause::Error(nix::errno::Errno::EAGAIN),
-        "the list was exchanged, or its pages are to be asked for alone",
-    )
 }
