@@ -345,7 +345,7 @@ fn one_read_is_for_the_waiters_of_all_processes() {
 }
 
 /// A touch waits no longer than the deadline, whether its read hangs or has found no thread; what comes later is right, and
-/// the page is SIGBUS until it is asked for again.
+/// the page is SIGBUS where it was touched until it is asked for again.
 #[test]
 fn a_stalled_source_is_sigbus_at_the_deadline() {
     alone("a_stalled_source_is_sigbus_at_the_deadline", || {
@@ -365,6 +365,7 @@ fn a_stalled_source_is_sigbus_at_the_deadline() {
         source.open();
         eventually("the source is left", || source.inside().0 == 0);
         assert_sigbus(&region, 20);
+        assert_eq!(read_page(&vmap.attach(&AttachOptions::new()).unwrap(), 20), Ok(mark(20)), "refused elsewhere");
         assert_eq!(read_page(&region, 40), Ok(mark(40)));
         if !engine.features().contains(Features::POISON) {
             skip!("without POISON a page that was refused stays so");

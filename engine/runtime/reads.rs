@@ -201,6 +201,8 @@ impl Reads {
                 && wanted.run.start <= joined.start
                 && joined.end <= wanted.run.end
                 && joined.end - joined.start <= most
+                // Who comes later waits no longer than who came first, and should not have to wait much less than by itself.
+                && (held.since..held.since.after(held.policy.deadline / 2)).contains(&wanted.since)
         });
         if let Some(read) = neighbour {
             let (id, pages) = (read.id, &mut read.wanted.pages);

@@ -32,8 +32,9 @@ pub struct FailurePolicy {
     /// The pause before the first further try; 10 ms unless set.
     pub backoff: Duration,
     /// How long a touch waits for its page at the most, all tries and every wait for a thread or a buffer together; 30 s unless
-    /// set. A touch that finds its page being read already waits as long as the one for which it is read. What a source brings
-    /// later helps later touches only.
+    /// set. A touch that finds its page being read already waits as long as the one for which it is read, and one whose page is
+    /// read together with a neighbour that waits already has at least half of it. What a source brings later is there for
+    /// other processes and regions; where the page was refused it stays SIGBUS, until [`Vmap::retry`](crate::Vmap::retry).
     pub deadline: Duration,
 }
 

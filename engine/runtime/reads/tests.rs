@@ -102,6 +102,17 @@ fn neighbours_that_wait_are_read_together() {
 }
 
 #[test]
+fn a_read_that_has_waited_for_long_takes_no_neighbours() {
+    let mut reads = Reads::new();
+    ask(&mut reads, Wanted { since: at(100), ..wanted(10..11) });
+    // The deadline is a second.
+    assert_eq!(ask(&mut reads, Wanted { since: at(599), ..wanted(11..12) }), Asked::Merged);
+    assert_eq!(ask(&mut reads, Wanted { since: at(600), ..wanted(12..13) }), Asked::New);
+    // One that was put off has come before the neighbour that waits.
+    assert_eq!(ask(&mut reads, Wanted { since: at(99), ..wanted(9..10) }), Asked::New);
+}
+
+#[test]
 fn a_merged_read_has_an_end() {
     let mut reads = Reads::new();
     let most = (MERGED_BYTES / page_size()) as u64;
