@@ -334,9 +334,9 @@ impl Reads {
         self.waiters.iter().find(|(read, _)| *read == id).map(|(_, waiter)| waiter)
     }
 
-    /// A fault that waits for a read.
-    pub(crate) fn first_fault(&self, id: u64) -> Option<&Fault> {
-        self.waiters.iter().find_map(|(read, waiter)| match waiter {
+    /// The faults that wait for a read.
+    pub(crate) fn faults(&self, id: u64) -> impl Iterator<Item = &Fault> {
+        self.waiters.iter().filter_map(move |(read, waiter)| match waiter {
             Waiter::Fault(fault) if *read == id => Some(fault),
             _ => None,
         })

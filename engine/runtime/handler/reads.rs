@@ -41,7 +41,7 @@ impl Handler {
         while let Ok(done) = self.done.try_recv() {
             let filled = if let Outcome::Installed { pages } = done.outcome { pages } else { 0 };
             if filled > 0
-                && let Some(fault) = self.resolver.slow.reads.first_fault(done.id)
+                && let Some(fault) = self.resolver.slow.reads.faults(done.id).next()
                 && let Some(index) = self.index_of(fault.space)
             {
                 add(&self.spaces[index].counters.pages, filled);
@@ -83,8 +83,8 @@ impl Handler {
 
     /// Tells everybody who waits for a read what came of it.
     fn end_read(&mut self, Ended { id, how }: Ended) {
-        if let How::Failed { pages, why, tries, .. } = &how {
-            self.tell_failed(id, pages, Failing { why: *why, tries: *tries });
+        if let How::Failed { vmap, pages, why, tries, .. } = &how {
+            self.tell_failed(id, *vmap, pages, Failing { why: *why, tries: *tries });
         }
         while let Some(waiter) = self.resolver.slow.reads.next_waiter(id) {
             match waiter {
@@ -117,13 +117,13 @@ impl Handler {
     }
 
     /// Has a failure be noted and reported.
-    fn tell_failed(&mut self, id: u64, pages: &Range<u64>, Failing { why, tries }: Failing) {
-        // Whoever asked is told.
-        let Some(fault) = self.resolver.slow.reads.first_fault(id) else { return };
-        let Some(area) = self.index_of(fault.space).and_then(|index| self.spaces[index].table.find(fault.addr)) else {
-            return;
+    fn tell_failed(&mut self, id: u64, vmap: u64, pages: &Range<u64>, Failing { why, tries }: Failing) {
+        // Any area of the vmap tells it. Where there is none nothing is refused; whoever asked is told.
+        let shown = |fault: &Fault| {
+            let target = &self.spaces[self.index_of(fault.space)?].table.find(fault.addr)?.target;
+            (target.vmap.id == vmap).then(|| Arc::clone(&target.vmap))
         };
-        let vmap = Arc::clone(&area.target.vmap);
+        let Some(vmap) = self.resolver.slow.reads.faults(id).find_map(shown) else { return };
         let failed = Failed { vmap, pages: pages.clone(), why, tries };
         // After those that found the keeper's channel full; the area holds the vmap too.
         if self.unsent.try_push(Post::Failed(failed)).is_ok() {
