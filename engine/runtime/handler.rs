@@ -818,7 +818,7 @@ impl Handler {
                 drop(subject);
                 drop(reply);
             }
-            Command::Heal { vmap, pages, reply } => reply.answer(self.heal(vmap, &pages)),
+            Command::Heal { vmap, pages, from, reply } => reply.answer(self.heal(vmap, &pages, from)),
             Command::View { mut view, reply } => {
                 let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
                 reply.answer((view, outcome));
@@ -1033,9 +1033,36 @@ mod tests {
     use std::sync::Arc;
     use std::time::{Duration, Instant};
 
-    use crate::runtime::command::Command;
+    use crate::runtime::command::{Command, Healed, Place};
     use crate::space::OWN_SPACE;
     use crate::{AttachOptions, Engine, Kiobuf, Shutdown, page_size};
+
+    /// Mapping pages where they were refused is done in small steps, each of which goes on where the one before it ended.
+    #[test]
+    fn pages_are_healed_in_small_steps() {
+        const PAGES: u64 = 50;
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; PAGES as usize * page_size()]).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let regions: Vec<_> = (0..5).map(|_| vmap.attach(&AttachOptions::new()).unwrap()).collect();
+        let mut bytes = vec![0; PAGES as usize * page_size()];
+        regions[0].read_at(0, &mut bytes).unwrap();
+        let heal = |from| {
+            let (vmap, pages) = (vmap.id(), 0..PAGES);
+            engine.shared_for_tests().handler.ask(|reply| Command::Heal { vmap, pages, from, reply }).unwrap()
+        };
+        let mut steps = vec![Place::default()];
+        while let Healed::Before(place) = heal(steps[steps.len() - 1]) {
+            assert!(place > steps[steps.len() - 1], "{steps:?}");
+            steps.push(place);
+        }
+        // 250 pages, 64 in a step, and none left out.
+        assert_eq!(steps.len(), 4);
+        let faults = engine.stats().faults;
+        regions.iter().for_each(|region| region.read_at(0, &mut bytes).unwrap());
+        assert_eq!(engine.stats().faults, faults);
+    }
 
     /// A page that was unmapped without an event: who waited for its read is woken, and no read is made for nobody. A thread that
     /// finds the page mapped after all asks anew.

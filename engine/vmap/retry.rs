@@ -11,14 +11,14 @@ use super::core::Contents;
 use super::failure::{FailureCause, Why};
 use super::window::{Window, is_resident};
 use super::{Vmap, owner_only, refuse_nested};
-use crate::runtime::command::{Changing, Command};
+use crate::runtime::command::{Command, Healed, Place};
 use crate::runtime::patience::Patience;
 use crate::runtime::reads::{How, Subject};
 use crate::runtime::threads::{self, Role};
 use crate::sys::Features;
 use crate::{Error, Result};
 
-/// Pages that are mapped in one step of the fault-handling thread, and read together if they can be.
+/// Pages that are read together if they can be.
 const STEP_PAGES: u64 = 64;
 
 impl Vmap {
@@ -118,11 +118,18 @@ impl Vmap {
     /// Maps pages wherever they were refused.
     fn heal(&self, pages: &Range<u64>) -> Result<()> {
         let mut patience = Patience::new();
+        let mut from = Place::default();
         loop {
             let (vmap, pages) = (self.core.id, pages.clone());
-            match self.shared.handler.ask(|reply| Command::Heal { vmap, pages, reply })? {
-                Ok(()) => break,
-                Err(Changing) => patience.wait()?,
+            match self.shared.handler.ask(|reply| Command::Heal { vmap, pages, from, reply })? {
+                Healed::Everywhere => break,
+                Healed::Before(place) => from = place,
+                Healed::Changing(place) => {
+                    if place != from {
+                        (from, patience) = (place, Patience::new());
+                    }
+                    patience.wait()?;
+                }
             }
         }
         // Not before: whoever asks again meanwhile must not find that there is nothing to be asked for.

@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use super::Handler;
 use crate::page::page_size;
-use crate::runtime::command::{Changing, Failed, Post};
+use crate::runtime::command::{Failed, Healed, Place, Post};
 use crate::runtime::fault::Fault;
 use crate::runtime::reads::{Ended, How, Outcome, Waiter};
 use crate::runtime::slow::Next;
 use crate::stats::add;
 use crate::sys::Stop;
+
+/// Pages that are mapped by one command: faults wait for it.
+const HEALED_AT_ONCE: usize = 64;
 
 impl Handler {
     /// Has workers read what they can by now.
@@ -131,25 +134,34 @@ impl Handler {
         }
     }
 
-    /// Maps pages that the object of a vmap holds wherever they were refused.
-    pub(super) fn heal(&mut self, vmap: u64, pages: &Range<u64>) -> Result<(), Changing> {
-        for space in &*self.spaces {
+    /// Maps pages that the object of a vmap holds where they were refused: a few, from a place on.
+    pub(super) fn heal(&mut self, vmap: u64, pages: &Range<u64>, from: Place) -> Healed {
+        let mut left = HEALED_AT_ONCE;
+        let first = self.spaces.partition_point(|space| space.id < from.space);
+        for space in &self.spaces[first..] {
             let Some(uffd) = &space.uffd else { continue };
-            for area in space.table.iter().filter(|area| area.target.vmap.id == vmap) {
+            let skipped = if space.id == from.space { from.addr } else { 0 };
+            for area in space.table.iter().filter(|area| area.target.vmap.id == vmap && area.end > skipped) {
                 let page = area.target.page;
                 let end = area.pgoff + (area.len_bytes() / page_size()) as u64;
-                let mut pgoff = page.first_of(pages.start).max(area.pgoff);
+                let start = area.pgoff_of(skipped.max(area.start));
+                let mut pgoff = page.first_of(pages.start).max(start);
                 while pgoff < pages.end.min(end) {
                     let addr = area.start + (pgoff - area.pgoff) as usize * page_size();
+                    let place = Place { space: space.id, addr };
+                    if left == 0 {
+                        return Healed::Before(place);
+                    }
+                    left -= 1;
                     // What is mapped, not there, or not mapped any more needs nothing.
                     if uffd.r#continue(addr, page.bytes()).stop == Some(Stop::Changing) {
-                        return Err(Changing);
+                        return Healed::Changing(place);
                     }
                     pgoff += page.base_pages();
                 }
             }
         }
-        Ok(())
+        Healed::Everywhere
     }
 }
 
