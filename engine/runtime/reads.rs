@@ -98,6 +98,7 @@ pub(crate) struct Ended {
     pub(crate) how: How,
 }
 
+#[allow(clippy::large_enum_variant, reason = "a box would be allocated")]
 #[derive(Clone, Debug)]
 pub(crate) enum How {
     /// The backing object holds its pages.
@@ -118,13 +119,6 @@ pub(crate) enum Outcome {
     /// The list was taken back meanwhile, or the engine was shut down.
     TakenBack,
     Failed(Why),
-}
-
-/// What a failed read comes to.
-enum Failure {
-    /// It is tried again at that time.
-    Paused,
-    Ended(How),
 }
 
 /// How many reads may be made at once.
@@ -364,8 +358,8 @@ impl Reads {
             Outcome::Installed { .. } => How::Installed,
             Outcome::TakenBack => How::Again { alone: false },
             Outcome::Failed(why) => match self.reads[index].failed(why, now) {
-                Failure::Ended(how) => how,
-                Failure::Paused => {
+                Some(how) => how,
+                None => {
                     if let State::Paused { until } = self.reads[index].state {
                         self.wake_at(until);
                     }
@@ -432,20 +426,20 @@ impl Read {
         self.wanted.is_quick && self.state != State::Late
     }
 
-    /// Decides what a failure comes to.
-    fn failed(&mut self, why: Why, now: Moment) -> Failure {
+    /// Decides how a failure ends it; `None` if it is tried again after a pause.
+    fn failed(&mut self, why: Why, now: Moment) -> Option<How> {
         if !self.wanted.is_unit {
             // A neighbour's failure is not this page's.
-            return Failure::Ended(How::Again { alone: true });
+            return Some(How::Again { alone: true });
         }
         self.tries += 1;
         let until = now.after(self.wanted.policy.pause_after(self.tries));
         if self.tries > self.wanted.policy.retries || until >= self.deadline {
             let Wanted { vmap, generation, ref pages, .. } = self.wanted;
-            return Failure::Ended(How::Failed { vmap, generation, pages: pages.clone(), why, tries: self.tries });
+            return Some(How::Failed { vmap, generation, pages: pages.clone(), why, tries: self.tries });
         }
         self.state = State::Paused { until };
-        Failure::Paused
+        None
     }
 }
 
