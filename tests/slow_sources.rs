@@ -278,6 +278,50 @@ fn a_read_that_nobody_waits_for_is_not_made() {
     });
 }
 
+/// Appending to a list changes none of its pages: reads that are under way go on, those that wait are made, and fail, as if
+/// nothing had been appended, and touches of the longer list join them.
+#[test]
+fn an_expand_takes_no_read_away() {
+    alone("an_expand_takes_no_read_away", || {
+        needs_sources!();
+        let engine = engine_builder().workers(1).fault_around_pages(1).build().unwrap();
+        let source = SlowSource::shut(Says::default());
+        let vmap = engine.vmap_builder(&source.list(100)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        std::thread::scope(|scope| {
+            let first = touches(scope, &engine, &region, 3);
+            source.wait_for_inside(1);
+            let queued = touches(scope, &engine, &region, 40);
+            vmap.expand(&pages(1)).unwrap();
+            let longer = Arc::new(vmap.attach(&AttachOptions::new()).unwrap());
+            let joined = [3, 40].map(|page| {
+                let (before, longer) = (engine.stats().faults, Arc::clone(&longer));
+                let toucher = scope.spawn(move || read_page(&longer, page));
+                eventually("the fault is read", || engine.stats().faults > before);
+                (page, toucher)
+            });
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            for (page, toucher) in [(3, first), (40, queued)].into_iter().chain(joined) {
+                assert_eq!(toucher.join().unwrap(), Ok(mark(page)));
+            }
+        });
+        assert_eq!(source.asked(), [3..4, 40..41]);
+        let source = SlowSource::shut(Says::default());
+        let vmap = engine.vmap_builder(&source.list(100)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        source.fail(true);
+        std::thread::scope(|scope| {
+            let toucher = touches(scope, &engine, &region, 3);
+            source.wait_for_inside(1);
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            assert!(toucher.join().unwrap().is_err_and(|refused| refused.signal == libc::SIGBUS));
+        });
+        assert_eq!((source.asked().len(), vmap.stats().worker_reads), (1, 1));
+    });
+}
+
 /// Threads of several processes wait for one read, and each gets the page.
 #[test]
 fn one_read_is_for_the_waiters_of_all_processes() {
@@ -301,7 +345,7 @@ fn one_read_is_for_the_waiters_of_all_processes() {
 }
 
 /// A touch waits no longer than the deadline, whether its read hangs or has found no thread; what comes later is right, and
-/// the page is SIGBUS until it is asked for again.
+/// the page is SIGBUS where it was touched until it is asked for again.
 #[test]
 fn a_stalled_source_is_sigbus_at_the_deadline() {
     alone("a_stalled_source_is_sigbus_at_the_deadline", || {
@@ -321,6 +365,7 @@ fn a_stalled_source_is_sigbus_at_the_deadline() {
         source.open();
         eventually("the source is left", || source.inside().0 == 0);
         assert_sigbus(&region, 20);
+        assert_eq!(read_page(&vmap.attach(&AttachOptions::new()).unwrap(), 20), Ok(mark(20)), "refused elsewhere");
         assert_eq!(read_page(&region, 40), Ok(mark(40)));
         if !engine.features().contains(Features::POISON) {
             skip!("without POISON a page that was refused stays so");
@@ -435,6 +480,68 @@ fn a_retry_heals_pages_in_all_processes() {
         let pages: BTreeSet<u64> = source.asked()[asked..].iter().cloned().flatten().collect();
         assert_eq!(pages, BTreeSet::from(refused), "nobody has touched others");
         vmap.retry(0..1000).unwrap();
+    });
+}
+
+/// A retry waits for a source that hangs once, however many of its pages have failed, and brings what others have.
+#[test]
+fn a_retry_waits_for_one_deadline_of_a_source() {
+    alone("a_retry_waits_for_one_deadline_of_a_source", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        if !engine.features().contains(Features::POISON) {
+            skip!("without POISON a page that was refused stays so");
+        }
+        let (hung, failing) = (SlowSource::shut(Says::default()), SlowSource::new(Says::default()));
+        let mut list = hung.list(20);
+        list.expand(&failing.list(20)).unwrap();
+        let (vmap, region) = region_of(&engine, &list, once().deadline(Duration::from_millis(50)));
+        failing.fail(true);
+        let refused = [2, 3, 4, 15, 17, 25, 30];
+        refused.iter().for_each(|&page| assert_sigbus(&region, page));
+        failing.fail(false);
+        let before = engine.stats().reads_expired;
+        let failed = vmap.retry(0..40).unwrap_err();
+        assert!(matches!(failed, Error::NoPage { pgoff: 2, .. }), "{failed}");
+        assert_eq!(engine.stats().reads_expired - before, 1);
+        [25, 30].iter().for_each(|&page| assert_eq!(read_page(&region, page), Ok(mark(page - 20))));
+        [2, 3, 4, 15, 17].iter().for_each(|&page| assert_sigbus(&region, page));
+        hung.open();
+        eventually("the source is left", || hung.inside().0 == 0);
+        vmap.retry(0..40).unwrap();
+        [2, 3, 4, 15, 17].iter().for_each(|&page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+    });
+}
+
+/// Two who ask at once for the same pages both have them when they are told so, also over an expand.
+#[test]
+fn two_retries_at_once_both_bring_the_pages() {
+    alone("two_retries_at_once_both_bring_the_pages", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        if !engine.features().contains(Features::POISON) {
+            skip!("without POISON a page that was refused stays so");
+        }
+        let source = SlowSource::new(Says::default());
+        let vmap = engine.vmap_builder(&source.list(20)).failure_policy(once()).expandable().build().unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        source.fail(true);
+        assert_sigbus(&region, 5);
+        source.fail(false);
+        source.shut_again();
+        std::thread::scope(|scope| {
+            let retry = || {
+                vmap.retry(0..20).unwrap();
+                assert_eq!(read_page(&region, 5), Ok(mark(5)));
+            };
+            let first = scope.spawn(retry);
+            source.wait_for_inside(1);
+            let second = scope.spawn(retry);
+            eventually("the second asks too", || source.inside().0 == 2 || second.is_finished());
+            vmap.expand(&pages(1)).unwrap();
+            source.open();
+            [first, second].into_iter().for_each(|retry| retry.join().unwrap());
+        });
     });
 }
 

@@ -5,11 +5,12 @@ mod support;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kiomap::{AttachOptions, Kiobuf, page_size};
+use kiomap::{AttachOptions, FailurePolicy, Kiobuf, page_size};
 use support::scene::{at, child};
+use support::slow::{Says, SlowSource};
 use support::{
-    alone, assert_sigbus, attached, engine_builder, holes, mark, pages, read_page, reap_ok, settled_stats, source,
-    touch,
+    alone, assert_sigbus, attached, engine_builder, eventually, holes, mark, pages, read_page, reap_ok, settled_stats,
+    source, touch,
 };
 
 fn zeros(nr_pages: u64) -> Kiobuf {
@@ -109,6 +110,31 @@ fn failed_sources_are_counted_for_their_vmap() {
             (4, 4, 12, 0),
             "{own:?}"
         );
+    });
+}
+
+/// A read that fails is counted for each address that waits for it, of which each is SIGBUS, not for the pages that nobody wants.
+#[test]
+fn a_failed_read_is_counted_for_those_who_wait() {
+    alone("a_failed_read_is_counted_for_those_who_wait", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let source = SlowSource::shut(Says { granule_pages: 16, ..Says::default() });
+        source.fail(true);
+        let once = FailurePolicy::default().retries(0);
+        let vmap = engine.vmap_builder(&source.list(16)).failure_policy(once).build().unwrap();
+        let regions = [(); 2].map(|()| vmap.attach(&AttachOptions::new()).unwrap());
+        std::thread::scope(|scope| {
+            for (region, page) in [(0, 1), (0, 1), (0, 4), (1, 1)] {
+                let region = &regions[region];
+                scope.spawn(move || assert_sigbus(region, page));
+            }
+            eventually("all faults", || engine.stats().faults == 4);
+            engine.settle().unwrap();
+            source.open();
+        });
+        let stats = settled_stats(&engine);
+        assert_eq!((stats.worker_reads, stats.source_errors, stats.pages_poisoned), (1, 3, 3), "{stats:?}");
     });
 }
 

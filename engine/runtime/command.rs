@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::buffers::ReadBuffer;
 use super::call::Ticket;
 use super::huge::HugeMemory;
-use super::reads::{Outcome, Subject};
+use super::reads::{How, Outcome, Subject};
 use super::strays::{Finding, LookupId};
 use crate::process::ledger::Private;
 use crate::snapshot::View;
@@ -50,6 +50,23 @@ pub(crate) enum NotCut {
 /// An address space is changing: what was asked can't be said now, but soon.
 pub(crate) struct Changing;
 
+/// An address of a space. Spaces and addresses are gone through in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) space: SpaceId,
+    pub(crate) addr: usize,
+}
+
+/// How far pages were mapped where they were SIGBUS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Healed {
+    Everywhere,
+    /// Before that place. The fault-handling thread has other things to do.
+    Before(Place),
+    /// The same, because its address space is changing: to be gone on with in a moment.
+    Changing(Place),
+}
+
 /// A request to the fault-handling thread. It answers without allocating or freeing memory: whatever is to be
 /// dropped goes back in the answer, or is kept alive by the asker.
 pub(crate) enum Command {
@@ -85,11 +102,11 @@ pub(crate) enum Command {
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
     SetList { vmap: u64, contents: Contents, reply: Ticket<()> },
-    /// Reads pages as a touch of them would, all of one extent, and answers when they are there or can't be had. The asker keeps
+    /// Reads pages as a touch of them would, all of one extent or of one huge page, and answers with what came of it. The asker keeps
     /// the subject alive, and answers for no other part of the list.
-    Read { subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<Result<(), Why>> },
-    /// Has pages of a vmap that its object holds be mapped wherever they were SIGBUS.
-    Heal { vmap: u64, pages: Range<u64>, reply: Ticket<Result<(), Changing>> },
+    Read { subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<How> },
+    /// Has some pages of a vmap that its object holds be mapped where they were SIGBUS, from a place on.
+    Heal { vmap: u64, pages: Range<u64>, from: Place, reply: Ticket<Healed> },
     /// Copies every space and its areas into the asker's memory.
     View { view: View, reply: Ticket<(View, Result<(), Errno>)> },
     /// The asker is about to look an address up; answers with what to tell the finding by, if it should.

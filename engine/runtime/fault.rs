@@ -23,6 +23,6 @@ pub(crate) struct Fault {
     pub(crate) starved: u32,
     /// Its page is to be installed without neighbours: with them it failed.
     pub(crate) alone: bool,
-    /// Its page can't be read from the list of that generation.
-    pub(crate) failed: Option<u64>,
+    /// Its page can't be read from the list of that vmap, of that generation.
+    pub(crate) failed: Option<(u64, u64)>,
 }

@@ -5,6 +5,7 @@
 //! no lock that others hold while they wait, and logs nothing: another thread may hold the allocator's lock, or any other,
 //! while it waits for this one.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -452,14 +453,8 @@ impl Handler {
                         _ => [None, None],
                     };
                     apply_event(shared, table, counters, uffd, event, unsent);
-                    // Their threads were woken. Answered later, they might meet another region at the address.
-                    for faults in [&mut *pending, &mut *parked] {
-                        faults.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
-                    }
-                    if !gone.is_empty() {
-                        resolver.forget_faults(|fault| fault.space == id && gone.contains(&fault.addr));
-                    }
-                    strays.unmapped(id, &gone);
+                    pending.drain_where(|fault| fault.space == id && gone.contains(&fault.addr), drop);
+                    forget_unmapped(parked, resolver, strays, id, &gone);
                     // Perhaps it was of what is in no table.
                     *ending = Ending::No;
                     for (addr, cause) in beside.into_iter().flatten() {
@@ -640,18 +635,25 @@ impl Handler {
     fn unmapped_unseen(&mut self, space: SpaceId, addr: usize) -> bool {
         let Some(index) = self.index_of(space) else { return true };
         self.close_desk();
-        let Handler { spaces, unsent, shared, .. } = self;
+        let Handler { spaces, unsent, shared, parked, resolver, strays, .. } = self;
         let Space { uffd: Some(uffd), table, counters, .. } = &mut spaces[index] else { return true };
         if table.try_reserve(1).is_err() || unsent.try_reserve(1).is_err() {
             return false;
         }
-        let event = Message::Unmap { start: addr, end: addr + page_size() };
+        let gone = addr..addr + page_size();
+        let event = Message::Unmap { start: gone.start, end: gone.end };
         apply_event(shared, table, counters, uffd, event, unsent);
+        // What is pending is answered before anything else can come to be at the address.
+        forget_unmapped(parked, resolver, strays, space, &gone);
         true
     }
 
     fn retry_parked(&mut self) {
         for _ in 0..self.parked.len() {
+            // An answer may find that others are of what was unmapped.
+            if self.parked.is_empty() {
+                return;
+            }
             // From the front; what has to wait again goes to the back.
             let fault = self.parked.remove(0);
             self.answer(fault);
@@ -800,12 +802,12 @@ impl Handler {
                         // The asker keeps both lists alive until it is answered: nothing is freed here.
                         target.list = contents.list.clone();
                         target.window = contents.window.clone();
-                        target.generation = contents.generation;
+                        (target.generation, target.kept_since) = (contents.generation, contents.kept_since);
                     }
                 }
-                let generation = contents.generation;
+                let kept_since = contents.kept_since;
                 drop(contents);
-                self.end_outdated_reads(vmap, generation);
+                self.end_outdated_reads(vmap, kept_since);
                 reply.answer(());
             }
             Command::Read { subject, generation, pages, reply } if !self.retired => {
@@ -816,7 +818,7 @@ impl Handler {
                 drop(subject);
                 drop(reply);
             }
-            Command::Heal { vmap, pages, reply } => reply.answer(self.heal(vmap, &pages)),
+            Command::Heal { vmap, pages, from, reply } => reply.answer(self.heal(vmap, &pages, from)),
             Command::View { mut view, reply } => {
                 let outcome = self.spaces.iter().try_for_each(|space| view.add(space));
                 reply.answer((view, outcome));
@@ -977,6 +979,22 @@ fn note(change: Change<Target>, unsent: &mut MmapVec<Post>) {
     }
 }
 
+/// Forgets faults at addresses that were unmapped. Their threads were woken; answered later, they might meet another region there.
+fn forget_unmapped(
+    parked: &mut MmapVec<Fault>,
+    resolver: &mut Resolver,
+    strays: &mut Strays,
+    space: SpaceId,
+    gone: &Range<usize>,
+) {
+    let is_gone = |fault: &Fault| fault.space == space && gone.contains(&fault.addr);
+    parked.drain_where(|fault| is_gone(fault), drop);
+    if !gone.is_empty() {
+        resolver.forget_faults(is_gone);
+    }
+    strays.unmapped(space, gone);
+}
+
 /// Applies an event of the kernel to a space's table, and tells the keeper what ended.
 fn apply_event(
     shared: &EngineShared,
@@ -1012,8 +1030,89 @@ fn apply_event(
 
 #[cfg(test)]
 mod tests {
-    use crate::runtime::command::Command;
-    use crate::{AttachOptions, Engine, Kiobuf, Shutdown};
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use crate::runtime::command::{Command, Healed, Place};
+    use crate::space::OWN_SPACE;
+    use crate::{AttachOptions, Engine, Kiobuf, Shutdown, page_size};
+
+    /// Mapping pages where they were refused is done in small steps, each of which goes on where the one before it ended.
+    #[test]
+    fn pages_are_healed_in_small_steps() {
+        const PAGES: u64 = 50;
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; PAGES as usize * page_size()]).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let regions: Vec<_> = (0..5).map(|_| vmap.attach(&AttachOptions::new()).unwrap()).collect();
+        let mut bytes = vec![0; PAGES as usize * page_size()];
+        regions[0].read_at(0, &mut bytes).unwrap();
+        let heal = |from| {
+            let (vmap, pages) = (vmap.id(), 0..PAGES);
+            engine.shared_for_tests().handler.ask(|reply| Command::Heal { vmap, pages, from, reply }).unwrap()
+        };
+        let mut steps = vec![Place::default()];
+        while let Healed::Before(place) = heal(steps[steps.len() - 1]) {
+            assert!(place > steps[steps.len() - 1], "{steps:?}");
+            steps.push(place);
+        }
+        // 250 pages, 64 in a step, and none left out.
+        assert_eq!(steps.len(), 4);
+        let faults = engine.stats().faults;
+        regions.iter().for_each(|region| region.read_at(0, &mut bytes).unwrap());
+        assert_eq!(engine.stats().faults, faults);
+    }
+
+    /// A page that was unmapped without an event: who waited for its read is woken, and no read is made for nobody. A thread that
+    /// finds the page mapped after all asks anew.
+    #[test]
+    fn waits_for_what_was_unmapped_unseen_end() {
+        let (opened, gate) = crossbeam_channel::bounded::<()>(0);
+        let source = move |_: u64, buf: &mut [u8]| {
+            // Open when the sender is gone.
+            let _ = gate.recv();
+            buf.fill(7);
+            Ok(())
+        };
+        let engine = Engine::builder().workers(1).fault_around_pages(1).build().unwrap();
+        let mut list = Kiobuf::new();
+        list.map_source(Arc::new(Held(source)), 9 * page_size() as u64).unwrap();
+        let vmap = engine.vmap(&list).unwrap();
+        let region = vmap.attach(&AttachOptions::new()).unwrap();
+        let wait_for = |what: fn(&crate::Stats) -> bool| {
+            let start = Instant::now();
+            while !what(&engine.stats()) {
+                assert!(start.elapsed() < Duration::from_secs(30), "{:?}", engine.stats());
+                std::thread::yield_now();
+            }
+        };
+        std::thread::scope(|scope| {
+            let touch = |page: usize| {
+                let mut byte = [0];
+                region.read_at(page * page_size(), &mut byte).unwrap();
+                byte[0]
+            };
+            let made = scope.spawn(move || touch(1));
+            wait_for(|stats| stats.worker_reads == 1);
+            let queued = scope.spawn(move || touch(5));
+            wait_for(|stats| stats.faults == 2);
+            engine.settle().unwrap();
+            let addr = region.as_ptr().addr() + 5 * page_size();
+            engine.shared_for_tests().handler.send(Command::Unmapped { space: OWN_SPACE, addr });
+            wait_for(|stats| stats.reads_cancelled == 1 && stats.adopted == 1);
+            drop(opened);
+            assert_eq!([made, queued].map(|toucher| toucher.join().unwrap()), [7, 7]);
+        });
+    }
+
+    struct Held<F>(F);
+
+    impl<F: Fn(u64, &mut [u8]) -> std::io::Result<()> + Send + Sync + 'static> crate::PageSource for Held<F> {
+        fn read_at(&self, offset_bytes: u64, buf: &mut [u8]) -> std::io::Result<()> {
+            self.0(offset_bytes, buf)
+        }
+    }
 
     /// T74: as below, where the threads that touch bring their pages themselves.
     #[test]

@@ -38,9 +38,9 @@ pub(crate) enum Inserted {
 /// [`Error::AddressTaken`] when the table has the range as another area's; [`Error::Shutdown`]; [`Error::Sys`].
 pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<Inserted> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
-    let Contents { list, window, generation } = vmap.contents();
+    let Contents { list, window, generation, kept_since } = vmap.contents();
     let (page, list, window, streams) = (vmap.page(), list.clone(), window.clone(), Streams::default());
-    let target = Target { vmap: Arc::clone(vmap), list, window, generation, page, inherit, streams };
+    let target = Target { vmap: Arc::clone(vmap), list, window, generation, kept_since, page, inherit, streams };
     let area = Area { start, end, pgoff, region, writable, leaving: false, target };
     let inserted = {
         // A child that another thread forks has the area or does not have it, as the engine knows.

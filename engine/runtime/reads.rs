@@ -33,7 +33,7 @@ pub(crate) enum Waiter {
     /// A thread that touched one of its pages.
     Fault(Fault),
     /// A thread that asked for them. It keeps what the subject refers to alive until it is answered.
-    Asker { subject: Subject, reply: Ticket<Result<(), Why>> },
+    Asker { subject: Subject, reply: Ticket<How> },
 }
 
 /// How far a read has come.
@@ -98,14 +98,15 @@ pub(crate) struct Ended {
     pub(crate) how: How,
 }
 
+#[allow(clippy::large_enum_variant, reason = "a box would be allocated")]
 #[derive(Clone, Debug)]
 pub(crate) enum How {
     /// The backing object holds its pages.
     Installed,
-    /// It says nothing: the list was exchanged, or several pages failed together. They are to be asked for anew, each alone if so.
+    /// It says nothing: the list was taken back, or several pages failed together. They are to be asked for anew, each alone if so.
     Again { alone: bool },
     /// Its pages can't be had.
-    Failed { generation: u64, pages: Range<u64>, why: Why, tries: u32 },
+    Failed { vmap: u64, generation: u64, pages: Range<u64>, why: Why, tries: u32 },
 }
 
 /// What a worker came to.
@@ -115,16 +116,9 @@ pub(crate) enum Outcome {
     Installed {
         pages: u64,
     },
-    /// The list was exchanged meanwhile, or the engine was shut down.
-    Exchanged,
+    /// The list was taken back meanwhile, or the engine was shut down.
+    TakenBack,
     Failed(Why),
-}
-
-/// What a failed read comes to.
-enum Failure {
-    /// It is tried again at that time.
-    Paused,
-    Ended(How),
 }
 
 /// How many reads may be made at once.
@@ -155,20 +149,19 @@ impl Reads {
     }
 
     /// Finds the read that brings a page.
-    pub(crate) fn covering(&self, vmap: u64, generation: u64, pgoff: u64) -> Option<u64> {
-        self.alive(vmap, generation).find(|read| read.wanted.pages.contains(&pgoff)).map(|read| read.id)
+    pub(crate) fn covering(&self, vmap: u64, pgoff: u64) -> Option<u64> {
+        self.alive(vmap).find(|read| read.wanted.pages.contains(&pgoff)).map(|read| read.id)
     }
 
-    /// The reads of a list that somebody may join.
-    fn alive(&self, vmap: u64, generation: u64) -> impl Iterator<Item = &Read> {
-        self.reads.iter().filter(move |read| {
-            (read.wanted.vmap, read.wanted.generation) == (vmap, generation) && read.state != State::Late
-        })
+    /// The reads that somebody may join, whichever list of the vmap they are of: what an older one has is in the newer one too,
+    /// and reads of what was taken back are ended ([`Reads::outdated`]).
+    fn alive(&self, vmap: u64) -> impl Iterator<Item = &Read> {
+        self.reads.iter().filter(move |read| read.wanted.vmap == vmap && read.state != State::Late)
     }
 
     /// Cuts off what other reads bring; `pgoff` is a page that none does.
-    pub(crate) fn gap(&self, vmap: u64, generation: u64, pages: Range<u64>, pgoff: u64) -> Range<u64> {
-        self.alive(vmap, generation).fold(pages, |gap, Read { wanted: Wanted { pages, .. }, .. }| {
+    pub(crate) fn gap(&self, vmap: u64, pages: Range<u64>, pgoff: u64) -> Range<u64> {
+        self.alive(vmap).fold(pages, |gap, Read { wanted: Wanted { pages, .. }, .. }| {
             if pages.end <= pgoff { gap.start.max(pages.end)..gap.end } else { gap.start..gap.end.min(pages.start) }
         })
     }
@@ -202,6 +195,8 @@ impl Reads {
                 && wanted.run.start <= joined.start
                 && joined.end <= wanted.run.end
                 && joined.end - joined.start <= most
+                // Who comes later waits no longer than who came first, and should not have to wait much less than by itself.
+                && (held.since..held.since.after(held.policy.deadline / 2)).contains(&wanted.since)
         });
         if let Some(read) = neighbour {
             let (id, pages) = (read.id, &mut read.wanted.pages);
@@ -257,10 +252,10 @@ impl Reads {
         cancelled
     }
 
-    /// Finds a read of a list that is not the vmap's any more, to be told to those who wait for it.
-    pub(crate) fn outdated(&mut self, vmap: u64, generation: u64) -> Option<Ended> {
+    /// Finds a read of a list before a generation, whose pages may have been taken back, to be told to those who wait for it.
+    pub(crate) fn outdated(&mut self, vmap: u64, kept_since: u64) -> Option<Ended> {
         let index = self.reads.iter().position(|Read { wanted, state, .. }| {
-            wanted.vmap == vmap && wanted.generation < generation && *state != State::Late
+            wanted.vmap == vmap && wanted.generation < kept_since && *state != State::Late
         })?;
         Some(self.end(index, How::Again { alone: false }))
     }
@@ -333,9 +328,9 @@ impl Reads {
         self.waiters.iter().find(|(read, _)| *read == id).map(|(_, waiter)| waiter)
     }
 
-    /// A fault that waits for a read.
-    pub(crate) fn first_fault(&self, id: u64) -> Option<&Fault> {
-        self.waiters.iter().find_map(|(read, waiter)| match waiter {
+    /// The faults that wait for a read.
+    pub(crate) fn faults(&self, id: u64) -> impl Iterator<Item = &Fault> {
+        self.waiters.iter().filter_map(move |(read, waiter)| match waiter {
             Waiter::Fault(fault) if *read == id => Some(fault),
             _ => None,
         })
@@ -361,10 +356,10 @@ impl Reads {
         }
         let how = match outcome {
             Outcome::Installed { .. } => How::Installed,
-            Outcome::Exchanged => How::Again { alone: false },
+            Outcome::TakenBack => How::Again { alone: false },
             Outcome::Failed(why) => match self.reads[index].failed(why, now) {
-                Failure::Ended(how) => how,
-                Failure::Paused => {
+                Some(how) => how,
+                None => {
                     if let State::Paused { until } = self.reads[index].state {
                         self.wake_at(until);
                     }
@@ -405,8 +400,9 @@ impl Reads {
         self.soonest = Some(now);
         let Read { wanted, tries, state, .. } = &self.reads[index];
         let tries = tries + u32::from(*state == State::Made);
-        let (generation, pages) = (wanted.generation, wanted.pages.clone());
-        Some(self.end(index, How::Failed { generation, pages, why: Why::deadline(), tries }))
+        let Wanted { vmap, generation, ref pages, .. } = *wanted;
+        let pages = pages.clone();
+        Some(self.end(index, How::Failed { vmap, generation, pages, why: Why::deadline(), tries }))
     }
 
     /// The next time at which something is to be done; it may be too early.
@@ -430,20 +426,20 @@ impl Read {
         self.wanted.is_quick && self.state != State::Late
     }
 
-    /// Decides what a failure comes to.
-    fn failed(&mut self, why: Why, now: Moment) -> Failure {
+    /// Decides how a failure ends it; `None` if it is tried again after a pause.
+    fn failed(&mut self, why: Why, now: Moment) -> Option<How> {
         if !self.wanted.is_unit {
             // A neighbour's failure is not this page's.
-            return Failure::Ended(How::Again { alone: true });
+            return Some(How::Again { alone: true });
         }
         self.tries += 1;
         let until = now.after(self.wanted.policy.pause_after(self.tries));
         if self.tries > self.wanted.policy.retries || until >= self.deadline {
-            let Wanted { generation, ref pages, .. } = self.wanted;
-            return Failure::Ended(How::Failed { generation, pages: pages.clone(), why, tries: self.tries });
+            let Wanted { vmap, generation, ref pages, .. } = self.wanted;
+            return Some(How::Failed { vmap, generation, pages: pages.clone(), why, tries: self.tries });
         }
         self.state = State::Paused { until };
-        Failure::Paused
+        None
     }
 }
 

@@ -83,7 +83,7 @@ impl Resolver {
             }
             return Answer::Stray;
         };
-        if fault.failed == Some(area.target.generation) {
+        if fault.failed.is_some_and(|(vmap, generation)| area.target.keeps(vmap, generation)) {
             return self.poison(space, uffd, fault);
         }
         if area.target.page.is_huge() {
@@ -264,7 +264,7 @@ impl Resolver {
         source.count(install, &self.shared.counters, &area.target.vmap.counters, &space.counters, add);
     }
 
-    /// Counts a page that could not be had.
+    /// Counts a fault on a page that could not be had.
     pub(super) fn count_failed(&self, area: &Area<Target>) {
         add(&self.shared.counters.source_errors, 1);
         add(&area.target.vmap.counters.source_errors, 1);

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::around::FaultAround;
 use super::buffers::Buffers;
+use super::call::Ticket;
 use super::command::{Lent, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::reads::{Asked, Ended, How, Limits, Outcome, Reads, Subject, Waiter, Wanted};
@@ -21,7 +22,7 @@ use crate::space::{Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{Stop, Userfault};
-use crate::vmap::failure::Why;
+use crate::vmap::failure::{FailureCause, Why};
 use crate::vmap::page_size::PageSize;
 
 /// How long buffers are kept for the next reads.
@@ -130,8 +131,7 @@ impl Resolver {
         fault: &Fault,
         pgoff: u64,
     ) -> Option<Answer> {
-        let Target { vmap, generation, .. } = &area.target;
-        let id = self.slow.reads.covering(vmap.id, *generation, pgoff)?;
+        let id = self.slow.reads.covering(area.target.vmap.id, pgoff)?;
         if self.is_worker(fault) {
             return Some(self.refuse_worker(space, uffd, fault));
         }
@@ -163,7 +163,7 @@ impl Resolver {
         // While a vmap grows its object does not hold all pages of the list yet.
         let held = target.vmap.nr_pages().max(pgoff + 1);
         let widened = widened.start..widened.end.min(held);
-        let pages = self.slow.reads.gap(target.vmap.id, target.generation, widened, pgoff);
+        let pages = self.slow.reads.gap(target.vmap.id, widened, pgoff);
         let is_unit = unit.start <= pages.start && pages.end <= unit.end;
         Some(Wanted {
             vmap: target.vmap.id,
@@ -190,19 +190,18 @@ impl Resolver {
     }
 
     /// Reads pages for a thread that asks for them.
-    pub(crate) fn ask_for(
-        &mut self,
-        subject: Subject,
-        generation: u64,
-        pages: Range<u64>,
-        reply: super::call::Ticket<Result<(), Why>>,
-    ) {
+    pub(crate) fn ask_for(&mut self, subject: Subject, generation: u64, pages: Range<u64>, reply: Ticket<How>) {
+        let (vmap, asked) = (subject.vmap.id, pages.clone());
+        let refused = |errno, message| {
+            let why = Why::new(FailureCause::Error(errno), message);
+            How::Failed { vmap, generation, pages: asked, why, tries: 0 }
+        };
         let Some(ReadUnit { pages: unit, run, medium, is_quick }) = subject.list.read_unit(pages.start) else {
-            return reply.answer(Err(Why::new(crate::vmap::failure::FailureCause::Error(Errno::EFAULT), "no page")));
+            return reply.answer(refused(Errno::EFAULT, "no page"));
         };
         let page = subject.vmap.page();
         let wanted = Wanted {
-            vmap: subject.vmap.id,
+            vmap,
             generation,
             run,
             huge: page.is_huge().then_some(page),
@@ -217,8 +216,7 @@ impl Resolver {
         };
         if let Err(Waiter::Asker { subject, reply }) = self.slow.reads.ask(wanted, Waiter::Asker { subject, reply }) {
             drop(subject);
-            let why = Why::new(crate::vmap::failure::FailureCause::Error(Errno::ENOMEM), "no memory to ask for it");
-            reply.answer(Err(why));
+            reply.answer(refused(Errno::ENOMEM, "no memory to ask for it"));
         }
     }
 
@@ -355,9 +353,13 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
     match waiter {
         Waiter::Fault(fault) => {
             let index = spaces.binary_search_by_key(&fault.space, |space| space.id).ok()?;
-            let Target { vmap, list, window, generation, .. } = &spaces[index].table.find(fault.addr)?.target;
-            let is_same = (vmap.id, *generation) == (wanted.vmap, wanted.generation);
-            is_same.then(|| Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
+            let target = &spaces[index].table.find(fault.addr)?.target;
+            let Target { vmap, list, window, .. } = target;
+            target.keeps(wanted.vmap, wanted.generation).then(|| Subject {
+                vmap: Arc::clone(vmap),
+                list: list.clone(),
+                window: window.clone(),
+            })
         }
         Waiter::Asker { subject: Subject { vmap, list, window }, .. } => {
             Some(Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })

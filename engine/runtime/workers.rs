@@ -174,7 +174,7 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
         }
     });
     let outcome = match read {
-        Some(Ok(())) if roll.closed.load(Ordering::Acquire) => Outcome::Exchanged,
+        Some(Ok(())) if roll.closed.load(Ordering::Acquire) => Outcome::TakenBack,
         Some(Ok(())) => install(shared, job),
         // It may own memory, which is to be freed here and not by the fault-handling thread.
         Some(Err(failure)) => Outcome::Failed(Why::new(FailureCause::Error(failure.errno()), failure)),
@@ -199,7 +199,7 @@ fn install(shared: &EngineShared, job: &ReadJob) -> Outcome {
     let ReadJob { subject, generation, pages, lent, .. } = job;
     let vmap = &subject.vmap;
     // A list without a window has no pages.
-    let Some(window) = &subject.window else { return Outcome::Exchanged };
+    let Some(window) = &subject.window else { return Outcome::TakenBack };
     let filled = match lent.huge {
         Some(page) => vmap.fill_huge_read(window, *generation, pages.start, &lent.buffer.0[..page.bytes()]),
         None => {
@@ -215,7 +215,7 @@ fn install(shared: &EngineShared, job: &ReadJob) -> Outcome {
     }
     match filled.stop {
         None => Outcome::Installed { pages: filled.pages },
-        Some(Unfilled::Exchanged) => Outcome::Exchanged,
+        Some(Unfilled::TakenBack) => Outcome::TakenBack,
         Some(Unfilled::Refused(stop)) => {
             let errno = if stop == Stop::NoMemory { Errno::ENOMEM } else { Errno::EIO };
             Outcome::Failed(Why::new(FailureCause::Error(errno), stop))

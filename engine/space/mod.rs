@@ -34,12 +34,21 @@ pub(crate) struct Target {
     /// Where its pages are filled while this address space is changing.
     pub(crate) window: Option<Arc<Window>>,
     pub(crate) generation: u64,
+    /// What lists from that generation on have, this one has too.
+    pub(crate) kept_since: u64,
     /// The vmap's.
     pub(crate) page: PageSize,
     /// A forked child gets this area too.
     pub(crate) inherit: bool,
     /// What its last faults say about the next.
     pub(crate) streams: Streams,
+}
+
+impl Target {
+    /// Tells whether its list has what that of a vmap had in a generation.
+    pub(crate) fn keeps(&self, vmap: u64, generation: u64) -> bool {
+        self.vmap.id == vmap && (self.kept_since..=self.generation).contains(&generation)
+    }
 }
 
 /// One served address space; only the fault-handling thread changes it.

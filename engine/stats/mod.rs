@@ -69,7 +69,8 @@ macro_rules! page_counters {
             worker_reads,
             /// Faults whose pages came to be read together with a neighbour's.
             reads_merged,
-            /// Pages that could not be had: a source failed, a file was shorter than its list, memory ran out.
+            /// Faults on pages that could not be had: a source failed, a file was shorter than its list, memory ran out. Threads
+            /// that wait at the same address count once, as in `pages_poisoned`; pages that failed and that nobody waited for, not.
             source_errors,
             $($after)*
         } }

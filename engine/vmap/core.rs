@@ -50,6 +50,17 @@ pub(crate) struct Contents {
     /// Covers the list; a list without pages has none.
     pub(crate) window: Option<Arc<Window>>,
     pub(crate) generation: u64,
+    /// What lists from that generation on have, this one has too, at the same pages.
+    pub(crate) kept_since: u64,
+}
+
+/// Says what an exchange of the list does to its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exchange {
+    /// All stay what they are; there may be more.
+    Adds,
+    /// Some are no longer what they were.
+    TakesBack,
 }
 
 /// The shared state of a vmap.
@@ -147,7 +158,7 @@ impl VmapCore {
             refcount: AtomicUsize::new(0),
             count: Mutex::default(),
             settled: Condvar::new(),
-            contents: Mutex::new(Contents { list, window, generation: 0 }),
+            contents: Mutex::new(Contents { list, window, generation: 0, kept_since: 0 }),
             exchange: RwLock::new(()),
             failure_policy: FailurePolicy::default(),
             failures: Failures::default(),
@@ -220,9 +231,9 @@ impl VmapCore {
         }
     }
 
-    /// How often the list was exchanged.
-    pub(super) fn generation(&self) -> u64 {
-        self.lock_contents().generation
+    /// Tells whether the list still has what it had in a generation.
+    pub(super) fn keeps(&self, generation: u64) -> bool {
+        self.lock_contents().kept_since <= generation
     }
 
     /// Tells whether an address is the window's: nothing else is mapped there.
@@ -236,11 +247,15 @@ impl VmapCore {
     }
 
     /// Exchanges the list and its window, and returns those before.
-    pub(crate) fn set_list(&self, list: Kiobuf, window: Option<Arc<Window>>) -> Contents {
+    pub(crate) fn set_list(&self, list: Kiobuf, window: Option<Arc<Window>>, exchange: Exchange) -> Contents {
         let _exchanging = self.exchange.write().unwrap_or_else(PoisonError::into_inner);
         let mut contents = self.lock_contents();
         let generation = contents.generation + 1;
-        std::mem::replace(&mut *contents, Contents { list, window, generation })
+        let kept_since = match exchange {
+            Exchange::Adds => contents.kept_since,
+            Exchange::TakesBack => generation,
+        };
+        std::mem::replace(&mut *contents, Contents { list, window, generation, kept_since })
     }
 
     /// Grows the backing object; the list that covers the new pages is published before.

@@ -32,8 +32,9 @@ pub struct FailurePolicy {
     /// The pause before the first further try; 10 ms unless set.
     pub backoff: Duration,
     /// How long a touch waits for its page at the most, all tries and every wait for a thread or a buffer together; 30 s unless
-    /// set. A touch that finds its page being read already waits as long as the one for which it is read. What a source brings
-    /// later helps later touches only.
+    /// set. A touch that finds its page being read already waits as long as the one for which it is read, and one whose page is
+    /// read together with a neighbour that waits already has at least half of it. What a source brings later is there for
+    /// other processes and regions; where the page was refused it stays SIGBUS, until [`Vmap::retry`](crate::Vmap::retry).
     pub deadline: Duration,
 }
 
@@ -189,10 +190,15 @@ impl Failures {
         insert(&mut failed, pages);
     }
 
-    /// Takes those of a range out that could not be read, in order.
-    pub(super) fn take(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+    /// Tells those of a range that could not be read, in order.
+    pub(super) fn within(&self, pages: Range<u64>) -> Vec<Range<u64>> {
+        within(&self.failed.lock().unwrap_or_else(PoisonError::into_inner), pages)
+    }
+
+    /// Forgets pages that are nowhere SIGBUS any more.
+    pub(super) fn forget(&self, pages: Range<u64>) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        remove(&mut failed, pages)
+        remove(&mut failed, pages);
     }
 
     /// Makes a report, if somebody wants it and not too many wait.
@@ -228,11 +234,22 @@ fn insert(ranges: &mut BTreeMap<u64, u64>, Range { mut start, mut end }: Range<u
     ranges.insert(start, end);
 }
 
-/// Takes out of the ranges what lies in `pages`.
-fn remove(ranges: &mut BTreeMap<u64, u64>, pages: Range<u64>) -> Vec<Range<u64>> {
-    let mut taken = Vec::new();
+/// Finds what of the ranges lies in `pages`, in order.
+fn within(ranges: &BTreeMap<u64, u64>, pages: Range<u64>) -> Vec<Range<u64>> {
     if pages.is_empty() {
-        return taken;
+        return Vec::new();
+    }
+    let reach = |&(_, &to): &(&u64, &u64)| to > pages.start;
+    let from_the_last = ranges.range(..pages.end).rev().take_while(reach);
+    let mut found: Vec<_> = from_the_last.map(|(&from, &to)| from.max(pages.start)..to.min(pages.end)).collect();
+    found.reverse();
+    found
+}
+
+/// Takes out of the ranges what lies in `pages`.
+fn remove(ranges: &mut BTreeMap<u64, u64>, pages: Range<u64>) {
+    if pages.is_empty() {
+        return;
     }
     while let Some((&from, &to)) = ranges.range(..pages.end).next_back().filter(|&(_, &to)| to > pages.start) {
         ranges.remove(&from);
@@ -242,10 +259,7 @@ fn remove(ranges: &mut BTreeMap<u64, u64>, pages: Range<u64>) -> Vec<Range<u64>>
         if to > pages.end {
             ranges.insert(pages.end, to);
         }
-        taken.push(from.max(pages.start)..to.min(pages.end));
     }
-    taken.reverse();
-    taken
 }
 
 #[cfg(test)]
@@ -266,9 +280,10 @@ mod tests {
                     insert(&mut ranges, pages.clone());
                     model.extend(pages);
                 } else {
-                    let taken: Vec<u64> = remove(&mut ranges, pages.clone()).into_iter().flatten().collect();
+                    let found: Vec<u64> = within(&ranges, pages.clone()).into_iter().flatten().collect();
                     let expected: Vec<u64> = model.iter().copied().filter(|page| pages.contains(page)).collect();
-                    prop_assert_eq!(taken, expected);
+                    prop_assert_eq!(found, expected);
+                    remove(&mut ranges, pages.clone());
                     model.retain(|page| !pages.contains(page));
                 }
                 let now: Vec<u64> = ranges.iter().flat_map(|(&start, &end)| start..end).collect();

@@ -1,7 +1,7 @@
 //! Filling pages with what a worker has read for them.
 //!
 //! It is done through the vmap's window, and so fills the object, not anybody's addresses: whatever became of these since the
-//! read began, the pages are the list's. Only the list itself may have been exchanged, and what was taken back must not come
+//! read began, the pages are the list's. Only the list itself may have been taken back, and what was taken back must not come
 //! after it is.
 
 use std::sync::PoisonError;
@@ -30,8 +30,8 @@ pub(crate) struct Filled {
 
 /// Says why pages were not filled.
 pub(crate) enum Unfilled {
-    /// The list was exchanged.
-    Exchanged,
+    /// The list was taken back.
+    TakenBack,
     Refused(Stop),
 }
 
@@ -43,11 +43,11 @@ impl VmapCore {
         let mut patience = Patience::default();
         while at < bytes.len() {
             let step = &bytes[at..bytes.len().min(at + STEP_PAGES * page)];
-            let Some(install) = self.unless_exchanged(generation, || {
+            let Some(install) = self.unless_taken_back(generation, || {
                 // SAFETY: the bytes of `step`, which the kernel only reads.
                 unsafe { window.copy(first + (at / page) as u64, step.as_ptr(), step.len()) }
             }) else {
-                return Filled { pages, stop: Some(Unfilled::Exchanged) };
+                return Filled { pages, stop: Some(Unfilled::TakenBack) };
             };
             at += install.bytes;
             pages += (install.bytes / page) as u64;
@@ -66,7 +66,7 @@ impl VmapCore {
     pub(crate) fn fill_huge_read(&self, window: &Window, generation: u64, first: u64, bytes: &[u8]) -> Filled {
         let mut patience = Patience::default();
         loop {
-            let filled = self.unless_exchanged(generation, || {
+            let filled = self.unless_taken_back(generation, || {
                 // SAFETY: as above.
                 let install = unsafe { window.copy(first, bytes.as_ptr(), bytes.len()) };
                 // The kernel says that it is there also when the pool is empty.
@@ -74,7 +74,7 @@ impl VmapCore {
                 if is_absent { Install { bytes: 0, stop: Some(Stop::NoMemory) } } else { install }
             });
             let Some(Install { bytes, stop }) = filled else {
-                return Filled { pages: 0, stop: Some(Unfilled::Exchanged) };
+                return Filled { pages: 0, stop: Some(Unfilled::TakenBack) };
             };
             match stop {
                 None | Some(Stop::Present) => return Filled { pages: (bytes / page_size()) as u64, stop: None },
@@ -86,10 +86,10 @@ impl VmapCore {
         }
     }
 
-    /// Does something that must not be done once the list of a generation is exchanged.
-    fn unless_exchanged<T>(&self, generation: u64, fill: impl FnOnce() -> T) -> Option<T> {
+    /// Does something that must not be done once the list of a generation is taken back.
+    fn unless_taken_back<T>(&self, generation: u64, fill: impl FnOnce() -> T) -> Option<T> {
         let _kept = self.exchange.read().unwrap_or_else(PoisonError::into_inner);
-        (self.generation() == generation).then(fill)
+        self.keeps(generation).then(fill)
     }
 }
 

@@ -40,7 +40,7 @@ use crate::working_set::recorder::Recorder;
 use crate::working_set::{Identity, WorkingSet};
 use crate::{Error, Result};
 use claim::Claim;
-use core::{Contents, DerefFn, VmapCore};
+use core::{Contents, DerefFn, Exchange, VmapCore};
 use failure::{FailedFn, FailurePolicy, Failures, ReadFailed};
 use fetch::{fetch, made_from, not_brought};
 use object::{Backing, Object};
@@ -649,9 +649,9 @@ impl Vmap {
         let nr_pages = list.nr_pages();
         let window = self.core.open_window(&self.shared.opener, nr_pages)?;
         // The list first: a touch of a new page, as soon as the object has it, must find it there.
-        let before = self.publish(list, window)?;
+        let before = self.publish(list, window, Exchange::Adds)?;
         if let Err(error) = self.core.grow(nr_pages) {
-            self.publish(before.list, before.window)?;
+            self.publish(before.list, before.window, Exchange::TakesBack)?;
             return Err(error);
         }
         Ok(())
@@ -681,7 +681,7 @@ impl Vmap {
         if self.nr_pages() > 0 {
             revoked.map_hole(self.nr_pages())?;
         }
-        let before = self.publish(revoked, self.core.contents().window)?;
+        let before = self.publish(revoked, self.core.contents().window, Exchange::TakesBack)?;
         // Of a huge page, a part would be zeroed and stay.
         let bytes = self.core.object_bytes();
         if how == Revoke::Hard && bytes > 0 {
@@ -713,8 +713,8 @@ impl Vmap {
     }
 
     /// Exchanges the list everywhere; when it returns, no fault is answered from the old one, which it returns.
-    fn publish(&self, list: Kiobuf, window: Option<Arc<Window>>) -> Result<Contents> {
-        let before = self.core.set_list(list, window);
+    fn publish(&self, list: Kiobuf, window: Option<Arc<Window>>, exchange: Exchange) -> Result<Contents> {
+        let before = self.core.set_list(list, window, exchange);
         // Kept over the question, so that the fault-handling thread drops neither as the last.
         let now = self.core.contents();
         let (vmap, contents) = (self.core.id, now.clone());

@@ -8,25 +8,25 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::core::Contents;
+use super::failure::{FailureCause, Why};
 use super::window::{Window, is_resident};
 use super::{Vmap, owner_only, refuse_nested};
-use crate::kiobuf::{Kiobuf, ReadUnit};
-use crate::runtime::command::{Changing, Command};
+use crate::runtime::command::{Command, Healed, Place};
 use crate::runtime::patience::Patience;
-use crate::runtime::reads::Subject;
+use crate::runtime::reads::{How, Subject};
 use crate::runtime::threads::{self, Role};
 use crate::sys::Features;
 use crate::{Error, Result};
 
-/// Pages that are mapped in one step of the fault-handling thread, and read together if they can be.
+/// Pages that are read together if they can be.
 const STEP_PAGES: u64 = 64;
 
 impl Vmap {
     /// Asks again for those pages of a range of the list that could not be read, and makes those that can be had now readable
     /// in every process, forked children included. Pages that nobody has touched are not asked for.
     ///
-    /// Each is tried as for a touch, as the vmap's [`FailurePolicy`](crate::FailurePolicy) says, and this waits for it. It may be
-    /// called where a failure is [reported](crate::VmapBuilder::on_read_failed).
+    /// Each is tried as for a touch, as the vmap's [`FailurePolicy`](crate::FailurePolicy) says, and this waits for it; of a file or
+    /// source that lets the deadline pass, nothing more is asked. It may be called where a failure is [reported](crate::VmapBuilder::on_read_failed).
     ///
     /// # Errors
     ///
@@ -50,84 +50,99 @@ impl Vmap {
         }
         // Whoever was refused a page before this was called is known after it.
         self.shared.settle()?;
-        let mut first_failure = Ok(());
-        for failed in self.core.failures.take(pages) {
-            let mut start = failed.start;
-            while start < failed.end {
-                let step = self.step(start, failed.end);
-                start = step.end;
-                let outcome = self.retry_step(step);
-                // Of several failures, the first is told.
-                if first_failure.is_ok() {
-                    first_failure = outcome;
-                }
-            }
-        }
-        first_failure
-    }
-
-    /// The pages from `start` on that are read together: of huge pages, one.
-    fn step(&self, start: u64, end: u64) -> Range<u64> {
-        let page = self.core.page();
-        let first = page.first_of(start);
-        if page.is_huge() { first..first + page.base_pages() } else { start..end.min(start + STEP_PAGES) }
-    }
-
-    /// Reads and maps a few pages; notes again what can't be had.
-    fn retry_step(&self, pages: Range<u64>) -> Result<()> {
-        let contents = self.core.contents();
-        let Contents { list, window: Some(window), .. } = &contents else { return Ok(()) };
-        // What is behind the end of the list needs no reading.
-        let held = pages.start..pages.end.min(list.nr_pages());
-        let mut outcome = self.read_missing(&contents, window, held.clone());
-        if outcome.is_err() && !self.core.page().is_huge() {
-            outcome = self.read_one_by_one(&contents, list, window, &held);
-        } else if outcome.is_err() {
-            self.core.failures.note(held);
-        }
-        let healed = self.heal(&pages);
-        if healed.is_err() {
-            self.core.failures.note(pages);
-        }
-        outcome.and(healed)
-    }
-
-    /// Reads pages by themselves, or with those that can't be had without them.
-    fn read_one_by_one(&self, contents: &Contents, list: &Kiobuf, window: &Window, pages: &Range<u64>) -> Result<()> {
         let mut outcome = Ok(());
-        let mut at = pages.start;
-        while at < pages.end {
-            let Some(ReadUnit { pages: unit, .. }) = list.read_unit(at) else { break };
-            at = unit.end;
-            if let Err(error) = self.read_missing(contents, window, unit.clone()) {
-                self.core.failures.note(unit);
-                outcome = outcome.and(Err(error));
+        let mut hung = Vec::new();
+        for failed in self.core.failures.within(pages) {
+            let mut at = failed.start;
+            // What is before it failed together.
+            let mut alone_until = at;
+            while at < failed.end {
+                let Some(step) = self.step(at..failed.end, at < alone_until) else { break };
+                let (start, end) = (step.pages.start, step.pages.end);
+                match self.read(&step, &mut hung)? {
+                    How::Installed => {
+                        outcome = outcome.and(self.heal(&step.pages));
+                        at = end;
+                    }
+                    // The list was taken back: the one of now is asked.
+                    How::Again { alone: false } => {}
+                    How::Again { alone: true } => alone_until = end,
+                    How::Failed { why, .. } => {
+                        // Of several failures, the first is told.
+                        outcome = outcome.and(Err(Error::NoPage { pgoff: start, why: why.message().to_owned() }));
+                        at = end;
+                    }
+                }
             }
         }
         outcome
     }
 
-    /// Has a worker read pages, if one of them is missing.
-    fn read_missing(&self, contents: &Contents, window: &Window, pages: Range<u64>) -> Result<()> {
-        if pages.clone().all(|page| is_resident(&self.core.object, window, page)) {
-            return Ok(());
-        }
-        let subject =
-            || Subject { vmap: Arc::clone(&self.core), list: contents.list.clone(), window: contents.window.clone() };
-        let (generation, pgoff) = (contents.generation, pages.start);
-        let ask = |reply| Command::Read { subject: subject(), generation, pages, reply };
-        let read = self.shared.handler.ask(ask)?;
-        read.map_err(|why| Error::NoPage { pgoff, why: why.message().to_owned() })
+    /// What is to be asked for at the start of a range of pages; `None` past the end of the list. The list is looked at anew each
+    /// time: it may have been exchanged.
+    fn step(&self, Range { start, end }: Range<u64>, alone: bool) -> Option<Step> {
+        let (contents, page) = (self.core.contents(), self.core.page());
+        let window = contents.window.clone()?;
+        let unit = contents.list.read_unit(start)?;
+        let pages = if page.is_huge() {
+            page.first_of(start)..page.first_of(start) + page.base_pages()
+        } else if alone {
+            unit.pages
+        } else {
+            start..end.min(start + STEP_PAGES).min(unit.run.end)
+        };
+        Some(Step { contents, window, pages, medium: unit.medium })
     }
 
+    /// Has a worker read the pages of a step, if one of them is missing, and what they are read from has not let a deadline pass.
+    fn read(&self, step: &Step, hung: &mut Vec<usize>) -> Result<How> {
+        let Step { contents: Contents { list, generation, .. }, window, pages, medium } = step;
+        // What is behind the end of the list needs no reading.
+        let pages = pages.start..pages.end.min(list.nr_pages());
+        if pages.clone().all(|page| is_resident(&self.core.object, window, page)) {
+            return Ok(How::Installed);
+        }
+        let (vmap, generation) = (self.core.id, *generation);
+        if hung.contains(medium) {
+            return Ok(How::Failed { vmap, generation, pages, why: Why::deadline(), tries: 0 });
+        }
+        let (vmap, list, window) = (Arc::clone(&self.core), list.clone(), Some(Arc::clone(window)));
+        let subject = Subject { vmap, list, window };
+        let how = self.shared.handler.ask(|reply| Command::Read { subject, generation, pages, reply })?;
+        if let How::Failed { why: Why { cause: FailureCause::Deadline, .. }, .. } = how {
+            hung.push(*medium);
+        }
+        Ok(how)
+    }
+
+    /// Maps pages wherever they were refused.
     fn heal(&self, pages: &Range<u64>) -> Result<()> {
         let mut patience = Patience::new();
+        let mut from = Place::default();
         loop {
             let (vmap, pages) = (self.core.id, pages.clone());
-            match self.shared.handler.ask(|reply| Command::Heal { vmap, pages, reply })? {
-                Ok(()) => return Ok(()),
-                Err(Changing) => patience.wait()?,
+            match self.shared.handler.ask(|reply| Command::Heal { vmap, pages, from, reply })? {
+                Healed::Everywhere => break,
+                Healed::Before(place) => from = place,
+                Healed::Changing(place) => {
+                    if place != from {
+                        (from, patience) = (place, Patience::new());
+                    }
+                    patience.wait()?;
+                }
             }
         }
+        // Not before: whoever asks again meanwhile must not find that there is nothing to be asked for.
+        self.core.failures.forget(pages.clone());
+        Ok(())
     }
+}
+
+/// What is asked for at once.
+struct Step {
+    contents: Contents,
+    window: Arc<Window>,
+    pages: Range<u64>,
+    /// What they are read from.
+    medium: usize,
 }

@@ -72,6 +72,11 @@ impl SlowSource {
         self.changed.notify_all();
     }
 
+    /// Holds reads that begin from now on.
+    pub(crate) fn shut_again(&self) {
+        self.state().shut = true;
+    }
+
     /// Has reads that end from now on fail, or not.
     pub(crate) fn fail(&self, failing: bool) {
         self.state().failing = failing;

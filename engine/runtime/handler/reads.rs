@@ -5,12 +5,15 @@ use std::sync::Arc;
 
 use super::Handler;
 use crate::page::page_size;
-use crate::runtime::command::{Changing, Failed, Post};
+use crate::runtime::command::{Failed, Healed, Place, Post};
 use crate::runtime::fault::Fault;
 use crate::runtime::reads::{Ended, How, Outcome, Waiter};
 use crate::runtime::slow::Next;
 use crate::stats::add;
 use crate::sys::Stop;
+
+/// Pages that are mapped by one command: faults wait for it.
+const HEALED_AT_ONCE: usize = 64;
 
 impl Handler {
     /// Has workers read what they can by now.
@@ -41,7 +44,7 @@ impl Handler {
         while let Ok(done) = self.done.try_recv() {
             let filled = if let Outcome::Installed { pages } = done.outcome { pages } else { 0 };
             if filled > 0
-                && let Some(fault) = self.resolver.slow.reads.first_fault(done.id)
+                && let Some(fault) = self.resolver.slow.reads.faults(done.id).next()
                 && let Some(index) = self.index_of(fault.space)
             {
                 add(&self.spaces[index].counters.pages, filled);
@@ -62,9 +65,9 @@ impl Handler {
         }
     }
 
-    /// Ends the reads of a list that was exchanged: those who wait ask the new one.
-    pub(super) fn end_outdated_reads(&mut self, vmap: u64, generation: u64) {
-        while let Some(ended) = self.resolver.slow.reads.outdated(vmap, generation) {
+    /// Ends the reads of what was taken back: those who wait ask the new list.
+    pub(super) fn end_outdated_reads(&mut self, vmap: u64, kept_since: u64) {
+        while let Some(ended) = self.resolver.slow.reads.outdated(vmap, kept_since) {
             self.end_read(ended);
         }
     }
@@ -83,8 +86,8 @@ impl Handler {
 
     /// Tells everybody who waits for a read what came of it.
     fn end_read(&mut self, Ended { id, how }: Ended) {
-        if let How::Failed { pages, why, tries, .. } = &how {
-            self.tell_failed(id, pages, Failing { why: *why, tries: *tries });
+        if let How::Failed { vmap, pages, why, tries, .. } = &how {
+            self.tell_failed(id, *vmap, pages, Failing { why: *why, tries: *tries });
         }
         while let Some(waiter) = self.resolver.slow.reads.next_waiter(id) {
             match waiter {
@@ -92,11 +95,7 @@ impl Handler {
                 Waiter::Asker { subject, reply } => {
                     // The asker keeps what it refers to as long as it waits.
                     drop(subject);
-                    reply.answer(match &how {
-                        How::Installed => Ok(()),
-                        How::Again { .. } => Err(again()),
-                        How::Failed { why, .. } => Err(*why),
-                    });
+                    reply.answer(how.clone());
                 }
             }
         }
@@ -111,23 +110,23 @@ impl Handler {
                 self.follow(fault, answer);
             }
             How::Again { alone } => self.answer(Fault { retries, alone: fault.alone || alone, ..fault }),
-            How::Failed { generation, .. } => {
+            How::Failed { vmap, generation, .. } => {
                 if let Some(area) = self.spaces[index].table.find(fault.addr) {
                     self.resolver.count_failed(area);
                 }
-                self.answer(Fault { retries, failed: Some(generation), ..fault });
+                self.answer(Fault { retries, failed: Some((vmap, generation)), ..fault });
             }
         }
     }
 
     /// Has a failure be noted and reported.
-    fn tell_failed(&mut self, id: u64, pages: &Range<u64>, Failing { why, tries }: Failing) {
-        // Whoever asked is told.
-        let Some(fault) = self.resolver.slow.reads.first_fault(id) else { return };
-        let Some(area) = self.index_of(fault.space).and_then(|index| self.spaces[index].table.find(fault.addr)) else {
-            return;
+    fn tell_failed(&mut self, id: u64, vmap: u64, pages: &Range<u64>, Failing { why, tries }: Failing) {
+        // Any area of the vmap tells it. Where there is none nothing is refused; whoever asked is told.
+        let shown = |fault: &Fault| {
+            let target = &self.spaces[self.index_of(fault.space)?].table.find(fault.addr)?.target;
+            (target.vmap.id == vmap).then(|| Arc::clone(&target.vmap))
         };
-        let vmap = Arc::clone(&area.target.vmap);
+        let Some(vmap) = self.resolver.slow.reads.faults(id).find_map(shown) else { return };
         let failed = Failed { vmap, pages: pages.clone(), why, tries };
         // After those that found the keeper's channel full; the area holds the vmap too.
         if self.unsent.try_push(Post::Failed(failed)).is_ok() {
@@ -135,25 +134,34 @@ impl Handler {
         }
     }
 
-    /// Maps pages that the object of a vmap holds wherever they were refused.
-    pub(super) fn heal(&mut self, vmap: u64, pages: &Range<u64>) -> Result<(), Changing> {
-        for space in &*self.spaces {
+    /// Maps pages that the object of a vmap holds where they were refused: a few, from a place on.
+    pub(super) fn heal(&mut self, vmap: u64, pages: &Range<u64>, from: Place) -> Healed {
+        let mut left = HEALED_AT_ONCE;
+        let first = self.spaces.partition_point(|space| space.id < from.space);
+        for space in &self.spaces[first..] {
             let Some(uffd) = &space.uffd else { continue };
-            for area in space.table.iter().filter(|area| area.target.vmap.id == vmap) {
+            let skipped = if space.id == from.space { from.addr } else { 0 };
+            for area in space.table.iter().filter(|area| area.target.vmap.id == vmap && area.end > skipped) {
                 let page = area.target.page;
                 let end = area.pgoff + (area.len_bytes() / page_size()) as u64;
-                let mut pgoff = page.first_of(pages.start).max(area.pgoff);
+                let start = area.pgoff_of(skipped.max(area.start));
+                let mut pgoff = page.first_of(pages.start).max(start);
                 while pgoff < pages.end.min(end) {
                     let addr = area.start + (pgoff - area.pgoff) as usize * page_size();
+                    let place = Place { space: space.id, addr };
+                    if left == 0 {
+                        return Healed::Before(place);
+                    }
+                    left -= 1;
                     // What is mapped, not there, or not mapped any more needs nothing.
                     if uffd.r#continue(addr, page.bytes()).stop == Some(Stop::Changing) {
-                        return Err(Changing);
+                        return Healed::Changing(place);
                     }
                     pgoff += page.base_pages();
                 }
             }
         }
-        Ok(())
+        Healed::Everywhere
     }
 }
 
@@ -161,13 +169,4 @@ impl Handler {
 struct Failing {
     why: crate::vmap::failure::Why,
     tries: u32,
-}
-
-/// What an asker is told whose read says nothing.
-fn again() -> crate::vmap::failure::Why {
-    use crate::vmap::failure::{FailureCause, Why};
-    Why::new(
-        FailureCause::Error(nix::errno::Errno::EAGAIN),
-        "the list was exchanged, or its pages are to be asked for alone",
-    )
 }

@@ -68,8 +68,8 @@ fn error() -> Outcome {
 fn a_page_is_read_once_for_all_who_wait() {
     let mut reads = Reads::new();
     assert_eq!(ask(&mut reads, wanted(4..8)), Asked::New);
-    let id = reads.covering(1, 0, 6).unwrap();
-    assert_eq!((reads.covering(1, 0, 8), reads.covering(1, 1, 6), reads.covering(2, 0, 6)), (None, None, None));
+    let id = reads.covering(1, 6).unwrap();
+    assert_eq!((reads.covering(1, 8), reads.covering(2, 6)), (None, None));
     // The same fault again is no other.
     for page in [4, 6, 6] {
         assert!(reads.join(id, waiter(page)).is_ok());
@@ -94,11 +94,22 @@ fn neighbours_that_wait_are_read_together() {
     assert_eq!(ask(&mut reads, wanted(14..15)), Asked::New);
     assert_eq!(ask(&mut reads, Wanted { run: 12..20, ..wanted(12..13) }), Asked::New);
     assert_eq!(ask(&mut reads, Wanted { alone: true, ..wanted(8..9) }), Asked::New);
-    assert_eq!(reads.gap(1, 0, 0..100, 13), 13..14);
+    assert_eq!(reads.gap(1, 0..100, 13), 13..14);
     let made = make(&mut reads);
     assert_eq!(made[0].1, 9..12);
     // One that is being made does not grow.
     assert_eq!(ask(&mut reads, Wanted { vmap: 1, medium: 7, ..wanted(15..16) }), Asked::Merged);
+}
+
+#[test]
+fn a_read_that_has_waited_for_long_takes_no_neighbours() {
+    let mut reads = Reads::new();
+    ask(&mut reads, Wanted { since: at(100), ..wanted(10..11) });
+    // The deadline is a second.
+    assert_eq!(ask(&mut reads, Wanted { since: at(599), ..wanted(11..12) }), Asked::Merged);
+    assert_eq!(ask(&mut reads, Wanted { since: at(600), ..wanted(12..13) }), Asked::New);
+    // One that was put off has come before the neighbour that waits.
+    assert_eq!(ask(&mut reads, Wanted { since: at(99), ..wanted(9..10) }), Asked::New);
 }
 
 #[test]
@@ -139,7 +150,7 @@ fn what_nobody_waits_for_is_not_read() {
     assert_eq!(make(&mut reads).len(), 1);
     // It is too late for this one, whose result is nobody's.
     assert_eq!(reads.forget(is(1)), 0);
-    let id = reads.covering(1, 0, 1).unwrap();
+    let id = reads.covering(1, 1).unwrap();
     assert!(reads.finished(id, error(), at(1)).is_none());
     assert_eq!(reads.nr_made(), 0);
 }
@@ -192,7 +203,7 @@ fn a_deadline_ends_the_wait_and_not_the_read() {
     assert_eq!(tries, [0, 1, 1]);
     assert_eq!(reads.soonest(), None);
     // Their workers are not free, and nobody joins what may never end.
-    assert_eq!((reads.nr_made(), reads.covering(1, 0, 1)), (2, None));
+    assert_eq!((reads.nr_made(), reads.covering(1, 1)), (2, None));
     ask(&mut reads, wanted(1..2));
     assert_eq!(make(&mut reads).len(), 0);
     assert!(reads.finished(made[0].0, Outcome::Installed { pages: 1 }, at(1001)).is_none());
@@ -200,16 +211,20 @@ fn a_deadline_ends_the_wait_and_not_the_read() {
 }
 
 #[test]
-fn an_exchanged_list_ends_its_reads() {
+fn reads_of_what_was_taken_back_end() {
     let mut reads = Reads::new();
     ask(&mut reads, wanted(1..2));
     make(&mut reads);
     ask(&mut reads, wanted(5..6));
+    // Exchanged for one that has all that it had.
+    assert!(reads.outdated(1, 0).is_none());
+    ask(&mut reads, Wanted { generation: 1, ..wanted(7..8) });
     let mut ended = 0;
     while let Some(Ended { id, how }) = reads.outdated(1, 1) {
         assert!(matches!(how, How::Again { alone: false }));
         assert_eq!(waiting(&mut reads, id), 1);
         ended += 1;
     }
-    assert_eq!((ended, reads.nr_made(), make(&mut reads).len()), (2, 1, 0));
+    assert_eq!((ended, reads.nr_made(), reads.covering(1, 1), reads.covering(1, 5)), (2, 1, None, None));
+    assert_eq!(make(&mut reads).len(), 1);
 }
