@@ -387,6 +387,93 @@ fn failures_are_tried_again_and_reported() {
     });
 }
 
+/// An error whose words or whose end panic is a failure like others: it is tried again, and its worker goes on.
+#[test]
+fn an_error_that_panics_is_a_failure_like_others() {
+    alone("an_error_that_panics_is_a_failure_like_others", || {
+        needs_sources!();
+        for (told, dropped) in [(true, false), (false, true), (true, true)] {
+            // The only worker.
+            let engine = engine_builder().workers(1).fault_around_pages(1).build().unwrap();
+            let calls = AtomicU64::new(0);
+            let list = support::source(40, move |_, _| match calls.fetch_add(1, Ordering::SeqCst) {
+                0 | 1 => Err(std::io::Error::other(Touchy { told, dropped })),
+                _ => Ok(()),
+            });
+            let (vmap, region) = region_of(&engine, &list, FailurePolicy::default().deadline(Duration::from_secs(10)));
+            (1..4).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+            let stats = settled_stats(&engine);
+            let panics = 2 * (u64::from(told) + u64::from(dropped));
+            assert_eq!((stats.reads_failed, stats.worker_reads, stats.panics), (2, 5, panics), "{stats:?}");
+            assert_eq!(vmap.stats().worker_reads, 5);
+        }
+    });
+}
+
+/// An error that panics when it is put in words, or dropped.
+#[derive(Debug)]
+struct Touchy {
+    told: bool,
+    dropped: bool,
+}
+
+impl std::fmt::Display for Touchy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        assert!(!self.told, "told");
+        f.write_str("touchy")
+    }
+}
+
+impl std::error::Error for Touchy {}
+
+impl Drop for Touchy {
+    fn drop(&mut self) {
+        assert!(!self.dropped, "dropped");
+    }
+}
+
+/// A source that forks and returns in the child: there nothing more is done of the read, not even that its error is told.
+#[test]
+fn a_child_in_which_a_source_returns_ends_at_once() {
+    alone("a_child_in_which_a_source_returns_ends_at_once", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let forked = Arc::new(Mutex::new(None));
+        let forking = Arc::clone(&forked);
+        let owner = nix::unistd::getpid();
+        let list = support::source(40, move |_, _| {
+            if forking.lock().unwrap().is_some() {
+                return Ok(());
+            }
+            // SAFETY: the child returns to the engine, which ends it.
+            if let nix::unistd::ForkResult::Parent { child } = unsafe { nix::unistd::fork() }.unwrap() {
+                *forking.lock().unwrap() = Some(child);
+            }
+            Err(std::io::Error::other(ToldInOwner(owner)))
+        });
+        let (_vmap, region) = region_of(&engine, &list, FailurePolicy::default());
+        assert_eq!(read_page(&region, 5), Ok(mark(5)));
+        let child = forked.lock().unwrap().unwrap();
+        reap_ok(child);
+    });
+}
+
+/// An error that ends other processes than its own in which it is put in words, with 1.
+#[derive(Debug)]
+struct ToldInOwner(nix::unistd::Pid);
+
+impl std::fmt::Display for ToldInOwner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if nix::unistd::getpid() != self.0 {
+            // SAFETY: ends the child without the parent's exit handlers.
+            unsafe { libc::_exit(1) };
+        }
+        f.write_str("told")
+    }
+}
+
+impl std::error::Error for ToldInOwner {}
+
 /// `retry` makes what was refused readable in every process that was refused it, and only what can be had.
 #[test]
 fn a_retry_heals_pages_in_all_processes() {

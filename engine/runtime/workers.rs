@@ -22,6 +22,7 @@ use super::reads::{Limits, Outcome};
 use super::shared::EngineShared;
 use super::threads::{self, Role, contain};
 use crate::Result;
+use crate::kiobuf::ReadFailure;
 use crate::page::page_size;
 use crate::sys::Stop;
 use crate::trace::tell;
@@ -173,12 +174,15 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
             subject.list.read_pages(pages.start, &mut lent.buffer.0[..bytes])
         }
     });
+    if shared.is_child() {
+        // The source forked and returned in the child: what the engine had is not here.
+        threads::end_child();
+    }
     let outcome = match read {
         Some(Ok(())) if roll.closed.load(Ordering::Acquire) => Outcome::Exchanged,
         Some(Ok(())) => install(shared, job),
-        // It may own memory, which is to be freed here and not by the fault-handling thread.
-        Some(Err(failure)) => Outcome::Failed(Why::new(FailureCause::Error(failure.errno()), failure)),
-        None => Outcome::Failed(Why::new(FailureCause::Panicked, "its source panicked")),
+        Some(Err(failure)) => Outcome::Failed(why(shared, failure)),
+        None => Outcome::Failed(panicked()),
     };
     if let Outcome::Failed(_why) = &outcome {
         tell!(
@@ -193,6 +197,17 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
         );
     }
     outcome
+}
+
+/// Puts a failure in words, and frees it, so that the fault-handling thread needn't. Both may be code of the application.
+fn why(shared: &EngineShared, failure: ReadFailure) -> Why {
+    let why = contain(shared, || Why::new(FailureCause::Error(failure.errno()), &failure));
+    contain(shared, || drop(failure));
+    why.unwrap_or_else(panicked)
+}
+
+fn panicked() -> Why {
+    Why::new(FailureCause::Panicked, "its source panicked")
 }
 
 fn install(shared: &EngineShared, job: &ReadJob) -> Outcome {
