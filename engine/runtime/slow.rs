@@ -7,7 +7,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use nix::errno::Errno;
 
 use super::around::FaultAround;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Late, buffer_bytes};
 use super::command::{Lent, ReadDone, ReadJob};
 use super::fault::Fault;
 use super::reads::{Asked, Ended, How, Limits, Outcome, Reads, Subject, Waiter, Wanted};
@@ -66,10 +66,25 @@ impl Slow {
     }
 
     fn take_back(&mut self, lent: Lent) {
-        self.buffers.take_back(lent.buffer, lent.is_quick);
-        if self.reads.nr_made() <= 1 && self.buffers.is_ample() {
+        self.buffers.take_back(lent.buffer, lent.is_quick, self.late());
+        if !self.reads.is_busy() && self.buffers.is_ample() {
             self.reads.wake_at(Moment::now().after(BUFFERS_KEPT));
         }
+    }
+
+    /// What is lent to reads that nobody waits for any more.
+    fn late(&self) -> Late {
+        let mut late = Late::default();
+        for wanted in self.reads.late().filter(|wanted| wanted.huge.is_none()) {
+            let bytes = buffer_bytes(wanted.len_bytes());
+            *if wanted.is_quick { &mut late.quick_bytes } else { &mut late.slow_bytes } += bytes;
+        }
+        late
+    }
+
+    /// How many buffers for huge pages of a size are lent to such reads.
+    fn nr_late(&self, page: PageSize) -> usize {
+        self.reads.late().filter(|wanted| wanted.huge == Some(page)).count()
     }
 }
 
@@ -225,6 +240,8 @@ impl Resolver {
     /// Has a worker make the next read, if there is one that may be made and a worker for it.
     pub(crate) fn make_next(&mut self, spaces: &[Space]) -> Next {
         let mut index = 0;
+        // Those that wait for nothing have room of their own, so they are one kind, and those that may wait another.
+        let (mut slow_waits, mut quick_waits) = (false, false);
         while let Some(found) = self.slow.reads.next_queued(index, self.slow.limits) {
             let made = self.slow.reads.nr_made();
             if made >= self.slow.roll.started() {
@@ -237,22 +254,31 @@ impl Resolver {
                 return Next::Over(self.slow.reads.stale(found));
             };
             let (id, wanted) = (read.id, read.wanted.clone());
+            let waits = if wanted.is_quick { &mut quick_waits } else { &mut slow_waits };
+            if wanted.huge.is_none() && *waits {
+                index = found + 1;
+                continue;
+            }
             let Some(lent) = self.lend(&wanted) else {
-                if made == 0 {
+                // Smaller ones must not take the room for which it waits, again and again.
+                *waits |= wanted.huge.is_none();
+                if !self.slow.reads.is_busy() {
                     // Nothing that comes back would have it tried again.
                     self.slow.reads.change();
                     self.slow.reads.wake_at(Moment::now().after(STARVED_PAUSE));
-                    return Next::Nothing;
                 }
                 index = found + 1;
                 continue;
             };
             let counters = [&self.shared.counters.worker_reads, &subject.vmap.counters.worker_reads];
             counters.into_iter().for_each(|counter| add(counter, 1));
-            self.slow.reads.made(found);
             let Wanted { generation, pages, .. } = wanted;
             match self.slow.jobs.try_send(ReadJob { id, subject, generation, pages, lent }) {
-                Ok(()) => return Next::Made,
+                Ok(()) => {
+                    self.slow.reads.made(found);
+                    self.tell_held();
+                    return Next::Made;
+                }
                 // There is room for as many as there are workers, and the keeper keeps the other end: it can't be.
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
                     // The area, or the asker, holds the subject too.
@@ -261,26 +287,22 @@ impl Resolver {
                 }
             }
         }
+        self.tell_held();
         Next::Nothing
     }
 
     fn lend(&mut self, wanted: &Wanted) -> Option<Lent> {
         let (huge, is_quick) = (wanted.huge, wanted.is_quick);
         let buffer = match huge {
-            Some(page) => self.huge.lend(page)?,
-            None => {
-                let bytes = (wanted.pages.end - wanted.pages.start) as usize * page_size();
-                let lent = self.slow.buffers.lend(bytes, is_quick)?;
-                self.tell_held();
-                lent
-            }
+            Some(page) => self.huge.lend(page, self.slow.nr_late(page))?,
+            None => self.slow.buffers.lend(wanted.len_bytes(), is_quick, self.slow.late())?,
         };
         Some(Lent { buffer, huge, is_quick })
     }
 
     fn give_back(&mut self, lent: Lent) {
         match lent.huge {
-            Some(page) => self.huge.give_back(page, lent.buffer),
+            Some(page) => self.huge.give_back(page, lent.buffer, self.slow.nr_late(page)),
             None => self.slow.take_back(lent),
         }
         self.tell_held();
@@ -289,8 +311,10 @@ impl Resolver {
     /// Publishes how much memory buffers take. No other thread does.
     fn tell_held(&self) {
         use std::sync::atomic::Ordering::Relaxed;
-        let held = self.slow.buffers.held_bytes() as u64;
+        let late = self.slow.late();
+        let held = self.slow.buffers.held_bytes(late) as u64;
         self.shared.counters.read_buffer_bytes.store(held, Relaxed);
+        self.shared.counters.read_buffer_bytes_late.store((late.slow_bytes + late.quick_bytes) as u64, Relaxed);
         let peak = &self.shared.counters.read_buffer_bytes_peak;
         if held > peak.load(Relaxed) {
             peak.store(held, Relaxed);
@@ -323,7 +347,7 @@ impl Resolver {
         let ended = self.slow.reads.expired(Moment::now());
         match ended {
             Some(_) => add(&self.shared.counters.reads_expired, 1),
-            None if self.slow.reads.nr_made() == 0 => {
+            None if !self.slow.reads.is_busy() => {
                 self.slow.buffers.trim();
                 self.tell_held();
             }

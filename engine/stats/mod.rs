@@ -132,6 +132,9 @@ page_counters! {
         read_buffer_bytes,
         /// The most that they had at once.
         read_buffer_bytes_peak,
+        /// Bytes beside them in which sources are still reading what nobody waits for any more, because the deadline has passed or
+        /// the list was exchanged; at most 4 MiB for each of 68 threads.
+        read_buffer_bytes_late,
         /// Panics of page sources and callbacks that were caught.
         panics,
         /// Unmap, remap and remove events that were applied.
