@@ -29,6 +29,9 @@ const BUFFERS_KEPT: std::time::Duration = std::time::Duration::from_millis(200);
 /// When a read is tried for which the kernel had no memory.
 const STARVED_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 
+/// When a worker is asked for again that could not be started.
+const CALL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What the resolver keeps for reads by workers.
 pub(crate) struct Slow {
     pub(super) reads: Reads,
@@ -38,6 +41,8 @@ pub(crate) struct Slow {
     limits: Limits,
     /// Workers that were asked for.
     called: usize,
+    /// When the last one was, and how many had been refused by then.
+    last_call: (Moment, usize),
 }
 
 /// What became of the next read.
@@ -62,7 +67,35 @@ impl Slow {
         buffer_bytes: usize,
         started: usize,
     ) -> Slow {
-        Slow { reads: Reads::new(), buffers: Buffers::new(buffer_bytes), jobs, roll, limits, called: started }
+        Slow {
+            reads: Reads::new(),
+            buffers: Buffers::new(buffer_bytes),
+            jobs,
+            roll,
+            limits,
+            called: started,
+            last_call: (Moment::now(), 0),
+        }
+    }
+
+    /// Asks for one more worker, unless there are all, one will come, or one was just refused; answers whether it did.
+    fn call_worker(&mut self, now: Moment) -> bool {
+        let (started, refused) = (self.roll.started(), self.roll.refused());
+        if started >= THREADS_MAX {
+            return false;
+        }
+        let (last, refused_then) = self.last_call;
+        let was_refused = refused > refused_then;
+        let calls = self.called <= started + refused && (!was_refused || last.after(CALL_PAUSE) <= now);
+        if calls {
+            self.called += 1;
+            self.last_call = (now, refused);
+            self.roll.call();
+        }
+        // Nobody tells that one was refused.
+        self.reads.change();
+        self.reads.wake_at(now.after(CALL_PAUSE));
+        calls
     }
 
     fn take_back(&mut self, lent: Lent) {
@@ -321,13 +354,9 @@ impl Resolver {
         }
     }
 
-    /// A worker that was asked for may be there; answers whether one more is to be asked for.
+    /// Asks for one more worker, if it is time; answers whether the keeper is to be nudged.
     pub(crate) fn call_worker(&mut self) -> bool {
-        let Slow { roll, called, .. } = &mut self.slow;
-        let (started, refused) = (roll.started(), roll.refused());
-        let calls = *called <= started + refused && started < THREADS_MAX;
-        *called += usize::from(calls);
-        calls
+        self.slow.call_worker(Moment::now())
     }
 
     /// Takes what a worker has done; answers with what that means for those who wait.
@@ -386,5 +415,34 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
         Waiter::Asker { subject: Subject { vmap, list, window }, .. } => {
             Some(Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::workers;
+
+    #[test]
+    fn one_worker_is_called_at_a_time_and_after_a_refusal_not_at_once() {
+        let roll = Arc::new(Roll::new());
+        let (jobs, _inbox) = crossbeam_channel::bounded(1);
+        let mut slow = Slow::new(jobs, Arc::clone(&roll), workers::limits(8), 8 << 20, 0);
+        let start = Moment::now();
+        let at = |ms| start.after(std::time::Duration::from_millis(ms));
+        assert!(slow.call_worker(at(0)) && !slow.call_worker(at(1)));
+        // However long the keeper takes, it is asked once.
+        assert!(!slow.call_worker(at(5000)));
+        assert!(roll.take_call() && !roll.take_call());
+        roll.refuse();
+        assert!(slow.reads.take_changed() && slow.reads.soonest().is_some(), "it is asked again");
+        assert!(slow.call_worker(at(5000)) && !slow.call_worker(at(5001)));
+        assert!(roll.take_call());
+        roll.refuse();
+        assert!(!slow.call_worker(at(5001)) && !slow.call_worker(at(5999)) && !roll.take_call());
+        assert!(slow.call_worker(at(6000)) && roll.take_call());
+        // It has come.
+        roll.enter(1);
+        assert!(slow.call_worker(at(6001)) && roll.take_call());
     }
 }

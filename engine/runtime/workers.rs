@@ -51,6 +51,8 @@ pub(crate) struct Roll {
     started: AtomicUsize,
     /// Those that were asked for and could not be started.
     refused: AtomicUsize,
+    /// One more is asked for.
+    called: AtomicBool,
     /// What they read is not installed any more.
     closed: AtomicBool,
 }
@@ -61,6 +63,7 @@ impl Roll {
             ids: [const { AtomicI32::new(-1) }; THREADS_MAX],
             started: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
+            called: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
     }
@@ -73,6 +76,28 @@ impl Roll {
     /// The workers that were asked for and will not come.
     pub(crate) fn refused(&self) -> usize {
         self.refused.load(Ordering::Acquire)
+    }
+
+    /// Notes that one could not be started.
+    pub(super) fn refuse(&self) {
+        self.refused.fetch_add(1, Ordering::Release);
+    }
+
+    /// Enters a thread that does what they do. The keeper starts one after the other, and each is known before the next.
+    pub(super) fn enter(&self, tid: i32) {
+        let index = self.started();
+        self.ids[index].store(tid, Ordering::Release);
+        self.started.store(index + 1, Ordering::Release);
+    }
+
+    /// Asks for one more; the keeper is to be nudged.
+    pub(super) fn call(&self) {
+        self.called.store(true, Ordering::Release);
+    }
+
+    /// Tells the keeper whether one more is asked for, once.
+    pub(crate) fn take_call(&self) -> bool {
+        self.called.swap(false, Ordering::AcqRel)
     }
 
     /// Has nothing be installed any more: what is not there at a shutdown does not come after it.
@@ -117,8 +142,7 @@ impl Pool {
         match started {
             Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
             Err(error) => {
-                // Not told: it would be asked for again at once. It is when a read has ended.
-                self.roll.refused.fetch_add(1, Ordering::Release);
+                self.roll.refuse();
                 return Err(error);
             }
         }
@@ -139,10 +163,7 @@ pub(crate) fn join(threads: &Threads, ended: &Receiver<()>) {
 
 /// Does jobs until their sender is gone.
 fn run(shared: &EngineShared, roll: &Roll, jobs: &Receiver<ReadJob>, done: &Sender<ReadDone>, bell: &Bell) {
-    // The keeper starts one after the other, and each is known before the next.
-    let index = roll.started();
-    roll.ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
-    roll.started.store(index + 1, Ordering::Release);
+    roll.enter(nix::unistd::gettid().as_raw());
     bell.ring();
     while let Ok(mut job) = jobs.recv() {
         let outcome = read(shared, roll, &mut job);
