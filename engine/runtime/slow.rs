@@ -207,7 +207,7 @@ impl Resolver {
         let ReadUnit { pages: unit, run, medium, is_quick } = unit_of(pgoff)?;
         let widened = unit_of(window.start)?.pages.start..unit_of(window.end - 1)?.pages.end;
         let most = (GRANULE_MAX_BYTES / page_size()) as u64;
-        let widened = if widened.end - widened.start > most { unit.clone() } else { widened };
+        let widened = cut_off(widened, &unit, most, |pgoff| Some(unit_of(pgoff)?.pages))?;
         // While a vmap grows its object does not hold all pages of the list yet.
         let held = target.vmap.nr_pages().max(pgoff + 1);
         let widened = widened.start..widened.end.min(held);
@@ -403,6 +403,25 @@ impl Resolver {
     }
 }
 
+/// Cuts a window of whole units off that is wider than `most` pages, which a unit never is: it is then as many units as fit from
+/// the given one on.
+fn cut_off(
+    window: Range<u64>,
+    unit: &Range<u64>,
+    most: u64,
+    unit_of: impl Fn(u64) -> Option<Range<u64>>,
+) -> Option<Range<u64>> {
+    if window.end - window.start <= most {
+        return Some(window);
+    }
+    let end = unit.start + most;
+    if window.end <= end {
+        return Some(unit.start..window.end);
+    }
+    let last = unit_of(end - 1)?;
+    Some(unit.start..if last.end <= end { last.end } else { last.start })
+}
+
 /// What a read is of, as somebody knows who waits for it; `None` if it is not that any more.
 fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject> {
     match waiter {
@@ -422,6 +441,24 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
 mod tests {
     use super::*;
     use crate::runtime::workers;
+
+    #[test]
+    fn a_wide_window_is_cut_off_between_units() {
+        // Units of 4 pages from page 1 on.
+        let unit_of = |pgoff: u64| {
+            let start = (pgoff - 1) / 4 * 4 + 1;
+            Some(start..start + 4)
+        };
+        let cut = |window, pgoff, most| cut_off(window, &unit_of(pgoff).unwrap(), most, unit_of).unwrap();
+        assert_eq!(cut(1..17, 6, 16), 1..17);
+        assert_eq!(cut(1..29, 6, 16), 5..21);
+        assert_eq!(cut(1..29, 6, 4), 5..9);
+        assert_eq!(cut(1..29, 6, 6), 5..9);
+        assert_eq!(cut(1..29, 20, 16), 17..29);
+        // The first unit is cut by the begin of its extent: what fits after it.
+        let short = |pgoff: u64| unit_of(pgoff).map(|unit| unit.start.max(3)..unit.end);
+        assert_eq!(cut_off(3..29, &(3..5), 16, short), Some(3..17));
+    }
 
     #[test]
     fn one_worker_is_called_at_a_time_and_after_a_refusal_not_at_once() {
