@@ -635,7 +635,7 @@ fn a_source_that_hangs_gives_up_its_buffers_at_the_deadline() {
                 }
             });
             let late = settled_stats(&engine).read_buffer_bytes_late;
-            assert!((bytes as u64 / 2..=nr_hung * 32 << 20).contains(&late), "{late} bytes");
+            assert!((bytes as u64 / 2..=nr_hung * (32 << 20)).contains(&late), "{late} bytes");
             // More than all that may be lent at once.
             let healthy = SlowSource::new(large());
             let (_vmap, region) = attached(&engine, &healthy.list(20 * granule_pages));

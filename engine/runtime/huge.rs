@@ -223,6 +223,9 @@ impl Resolver {
                 self.poison_huge(space, uffd, *page, fault)
             }
             TryRead::WouldBlock if is_worker => self.refuse_worker(space, uffd, fault),
+            TryRead::WouldBlock | TryRead::Failed(_) if !self.may_wait(fault, None) => {
+                self.refuse_worker(space, uffd, fault)
+            }
             // A failure is tried again, and told of.
             TryRead::WouldBlock | TryRead::Failed(_) => self.hand_huge_to_worker(area, fault, pages),
         }

@@ -304,6 +304,16 @@ impl Reads {
         self.changed = true;
     }
 
+    /// How many reads there are, made or not.
+    pub(crate) fn nr_reads(&self) -> usize {
+        self.reads.len()
+    }
+
+    /// Tells whether a worker is at a read.
+    pub(crate) fn is_made(&self, id: u64) -> bool {
+        self.reads.iter().any(|read| read.id == id && read.is_made())
+    }
+
     /// How many workers are at a read.
     pub(crate) fn nr_made(&self) -> usize {
         self.reads.iter().filter(|read| read.is_made()).count()

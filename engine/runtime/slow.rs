@@ -17,7 +17,7 @@ use crate::kiobuf::{ReadUnit, TryRead};
 use crate::page::page_size;
 use crate::source::GRANULE_MAX_BYTES;
 use crate::space::table::Area;
-use crate::space::{Space, Target};
+use crate::space::{OWN_SPACE, Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{Stop, Userfault};
@@ -164,6 +164,7 @@ impl Resolver {
             // A failure is tried again, and told of.
             TryRead::WouldBlock | TryRead::Failed(_) => match self.brought_for_another(uffd, fault) {
                 Some(answer) => answer,
+                None if !self.may_wait(fault, None) => self.refuse_worker(space, uffd, fault),
                 None => self.hand_to_worker(area, fault, window),
             },
         }
@@ -180,13 +181,29 @@ impl Resolver {
     ) -> Option<Answer> {
         let Target { vmap, generation, .. } = &area.target;
         let id = self.slow.reads.covering(vmap.id, *generation, pgoff)?;
-        if self.is_worker(fault) {
+        if !self.may_wait(fault, Some(id)) {
             return Some(self.refuse_worker(space, uffd, fault));
         }
         Some(match self.slow.reads.join(id, Waiter::Fault(*fault)) {
             Ok(()) => Answer::Handed,
             Err(_) => Answer::Later,
         })
+    }
+
+    /// Tells whether a thread may wait for a read, or for one that it asks for: a worker may not, and the keeper only if there is a
+    /// worker for every read by now, because it would have to start another itself.
+    pub(super) fn may_wait(&self, fault: &Fault, read: Option<u64>) -> bool {
+        if self.is_worker(fault) {
+            return false;
+        }
+        if fault.space != OWN_SPACE || !self.shared.keeper.is_thread(fault.tid) {
+            return true;
+        }
+        let Slow { reads, roll, .. } = &self.slow;
+        match read {
+            Some(id) => reads.is_made(id) || reads.nr_reads() <= roll.started(),
+            None => reads.nr_reads() < roll.started(),
+        }
     }
 
     /// Maps a page that was not there when its thread touched, and has been brought for another space before its fault was
@@ -439,8 +456,13 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
+    use crate::runtime::handles::Request;
     use crate::runtime::workers;
+    use crate::{AttachOptions, Engine, FailurePolicy, PageSource, Region};
 
     #[test]
     fn a_wide_window_is_cut_off_between_units() {
@@ -466,7 +488,7 @@ mod tests {
         let (jobs, _inbox) = crossbeam_channel::bounded(1);
         let mut slow = Slow::new(jobs, Arc::clone(&roll), workers::limits(8), 8 << 20, 0);
         let start = Moment::now();
-        let at = |ms| start.after(std::time::Duration::from_millis(ms));
+        let at = |ms| start.after(Duration::from_millis(ms));
         assert!(slow.call_worker(at(0)) && !slow.call_worker(at(1)));
         // However long the keeper takes, it is asked once.
         assert!(!slow.call_worker(at(5000)));
@@ -481,5 +503,88 @@ mod tests {
         // It has come.
         roll.enter(1);
         assert!(slow.call_worker(at(6001)) && roll.take_call());
+    }
+
+    /// Answers when it is let, with zeros; touches a page when it is dropped.
+    struct Gate {
+        asked: mpsc::Sender<()>,
+        open: std::sync::Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl PageSource for Gate {
+        fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            self.asked.send(()).unwrap();
+            self.open.lock().unwrap().recv().map_err(std::io::Error::other)
+        }
+    }
+
+    struct Last {
+        page: usize,
+        touched: mpsc::Sender<Result<(), Errno>>,
+    }
+
+    impl PageSource for Last {
+        fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.touched.send(populate(self.page)).unwrap();
+        }
+    }
+
+    /// Has the kernel touch a page, which is an error where a touch would be SIGBUS.
+    fn populate(page: usize) -> Result<(), Errno> {
+        // SAFETY: brings a page, or not.
+        Errno::result(unsafe { libc::madvise(page as *mut _, 1, libc::MADV_POPULATE_READ) }).map(drop)
+    }
+
+    /// Code that the keeper runs, where it drops a list, waits for a slow page if there is a worker for it, and is refused it if
+    /// not: nobody else would start one.
+    #[test]
+    fn the_thread_that_starts_workers_does_not_wait_for_one() {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let (asked, is_asked) = mpsc::channel();
+        let attach = |open| {
+            let mut list = crate::Kiobuf::new();
+            let source = Gate { asked: asked.clone(), open: std::sync::Mutex::new(open) };
+            list.map_source(Arc::new(source), 10 * page_size() as u64).unwrap();
+            let policy = FailurePolicy::default().retries(0).deadline(Duration::from_secs(3600));
+            let vmap = engine.vmap_builder(&list).failure_policy(policy).build().unwrap();
+            let region = vmap.attach(&AttachOptions::new()).unwrap();
+            (vmap, region)
+        };
+        let page = |region: &Region, n| region.as_ptr().addr() + n * page_size();
+        let (open, opened) = mpsc::channel();
+        let (vmap, region) = attach(opened);
+        open.send(()).unwrap();
+        if populate(page(&region, 0)) == Err(Errno::EFAULT) {
+            return eprintln!("skipped, because the kernel's own touches are not reported to this user");
+        }
+        is_asked.recv().unwrap();
+        let touched_by_keeper = |page| {
+            let (touched, outcome) = mpsc::channel();
+            let mut list = crate::Kiobuf::new();
+            list.map_source(Arc::new(Last { page, touched }), 1).unwrap();
+            let _subject = Subject { vmap: Arc::clone(&vmap.core), list, window: None };
+            vmap.shared.keeper.send(Request::Drop { _subject });
+            outcome.recv_timeout(Duration::from_secs(20)).unwrap()
+        };
+        open.send(()).unwrap();
+        assert_eq!(touched_by_keeper(page(&region, 1)), Ok(()));
+        is_asked.recv().unwrap();
+        let (open_hung, opened) = mpsc::channel();
+        let (_vmap, hung) = attach(opened);
+        std::thread::scope(|scope| {
+            let toucher = scope.spawn(|| populate(page(&hung, 0)));
+            is_asked.recv().unwrap();
+            let refused = touched_by_keeper(page(&region, 2));
+            open_hung.send(()).unwrap();
+            assert_eq!((refused.is_err(), engine.stats().self_faults), (true, 1));
+            assert_eq!(toucher.join().unwrap(), Ok(()));
+        });
+        assert!(is_asked.try_recv().is_err(), "it was not asked for what was refused");
     }
 }

@@ -119,7 +119,8 @@ page_counters! {
         /// Ranges that `mremap` added without an event (grown in place, left behind by `MREMAP_DONTUNMAP`, mapped a second
         /// time), found in the kernel's table when they were first touched. They are served from then on.
         adopted,
-        /// Faults of a worker thread on a page that only a worker could have read; answered by SIGBUS.
+        /// Faults of a worker thread on a page that only a worker could have read, and of the thread that starts workers (where what
+        /// a list keeps alive is dropped) while none was free for it; answered by SIGBUS.
         self_faults,
         /// Reads that failed and were tried again, or of which the pages that were asked for were read by themselves.
         reads_failed,
