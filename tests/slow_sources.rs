@@ -83,7 +83,7 @@ fn eight_reads_are_in_flight_and_memory_is_served_meanwhile() {
     });
 }
 
-/// A source that hangs has its own threads and no others: another is read, and one that waits for nothing too.
+/// A source that hangs leaves the others their threads: another is read, and one that waits for nothing too.
 #[test]
 fn a_source_that_hangs_takes_nothing_from_others() {
     alone("a_source_that_hangs_takes_nothing_from_others", || {
@@ -432,6 +432,93 @@ fn failures_are_tried_again_and_reported() {
     });
 }
 
+/// An error whose words or whose end panic is a failure like others: it is tried again, and its worker goes on.
+#[test]
+fn an_error_that_panics_is_a_failure_like_others() {
+    alone("an_error_that_panics_is_a_failure_like_others", || {
+        needs_sources!();
+        for (told, dropped) in [(true, false), (false, true), (true, true)] {
+            // The only worker.
+            let engine = engine_builder().workers(1).fault_around_pages(1).build().unwrap();
+            let calls = AtomicU64::new(0);
+            let list = support::source(40, move |_, _| match calls.fetch_add(1, Ordering::SeqCst) {
+                0 | 1 => Err(std::io::Error::other(Touchy { told, dropped })),
+                _ => Ok(()),
+            });
+            let (vmap, region) = region_of(&engine, &list, FailurePolicy::default().deadline(Duration::from_secs(10)));
+            (1..4).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+            let stats = settled_stats(&engine);
+            let panics = 2 * (u64::from(told) + u64::from(dropped));
+            assert_eq!((stats.reads_failed, stats.worker_reads, stats.panics), (2, 5, panics), "{stats:?}");
+            assert_eq!(vmap.stats().worker_reads, 5);
+        }
+    });
+}
+
+/// An error that panics when it is put in words, or dropped.
+#[derive(Debug)]
+struct Touchy {
+    told: bool,
+    dropped: bool,
+}
+
+impl std::fmt::Display for Touchy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        assert!(!self.told, "told");
+        f.write_str("touchy")
+    }
+}
+
+impl std::error::Error for Touchy {}
+
+impl Drop for Touchy {
+    fn drop(&mut self) {
+        assert!(!self.dropped, "dropped");
+    }
+}
+
+/// A source that forks and returns in the child: there nothing more is done of the read, not even that its error is told.
+#[test]
+fn a_child_in_which_a_source_returns_ends_at_once() {
+    alone("a_child_in_which_a_source_returns_ends_at_once", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).build().unwrap();
+        let forked = Arc::new(Mutex::new(None));
+        let forking = Arc::clone(&forked);
+        let owner = nix::unistd::getpid();
+        let list = support::source(40, move |_, _| {
+            if forking.lock().unwrap().is_some() {
+                return Ok(());
+            }
+            // SAFETY: the child returns to the engine, which ends it.
+            if let nix::unistd::ForkResult::Parent { child } = unsafe { nix::unistd::fork() }.unwrap() {
+                *forking.lock().unwrap() = Some(child);
+            }
+            Err(std::io::Error::other(ToldInOwner(owner)))
+        });
+        let (_vmap, region) = region_of(&engine, &list, FailurePolicy::default());
+        assert_eq!(read_page(&region, 5), Ok(mark(5)));
+        let child = forked.lock().unwrap().unwrap();
+        reap_ok(child);
+    });
+}
+
+/// An error that ends other processes than its own in which it is put in words, with 1.
+#[derive(Debug)]
+struct ToldInOwner(nix::unistd::Pid);
+
+impl std::fmt::Display for ToldInOwner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if nix::unistd::getpid() != self.0 {
+            // SAFETY: ends the child without the parent's exit handlers.
+            unsafe { libc::_exit(1) };
+        }
+        f.write_str("told")
+    }
+}
+
+impl std::error::Error for ToldInOwner {}
+
 /// `retry` makes what was refused readable in every process that was refused it, and only what can be had.
 #[test]
 fn a_retry_heals_pages_in_all_processes() {
@@ -696,5 +783,71 @@ fn filling_asks_a_source_as_a_touch_does() {
         failing.fail(false);
         region.populate(0..region.len_bytes()).unwrap();
         (0..3).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
+    });
+}
+
+/// A source that hangs keeps its buffers from others until the deadline of its reads, and no longer; what is kept for the next
+/// reads is given back though it still hangs.
+#[test]
+fn a_source_that_hangs_gives_up_its_buffers_at_the_deadline() {
+    alone("a_source_that_hangs_gives_up_its_buffers_at_the_deadline", || {
+        needs_sources!();
+        let granule_pages = (GRANULE_MAX_BYTES / page_size()) as u64;
+        let large = || Says { granule_pages, ..Says::default() };
+        for (bytes, nr_hung) in [(8 << 20, 1), (40 << 20, 2)] {
+            let engine = engine_builder().fault_around_pages(1).read_buffer_bytes(bytes).build().unwrap();
+            let hung: Vec<_> = (0..nr_hung).map(|_| SlowSource::shut(large())).collect();
+            let policy = once().deadline(Duration::from_millis(300));
+            let hung_regions: Vec<_> =
+                hung.iter().map(|hung| region_of(&engine, &hung.list(8 * granule_pages), policy)).collect();
+            std::thread::scope(|scope| {
+                for (_, region) in &hung_regions {
+                    (0..8).for_each(|n| drop(scope.spawn(move || assert_sigbus(region, n * granule_pages))));
+                }
+            });
+            let late = settled_stats(&engine).read_buffer_bytes_late;
+            assert!((bytes as u64 / 2..=nr_hung * (32 << 20)).contains(&late), "{late} bytes");
+            // More than all that may be lent at once.
+            let healthy = SlowSource::new(large());
+            let (_vmap, region) = attached(&engine, &healthy.list(20 * granule_pages));
+            (0..20).for_each(|n| assert_eq!(read_page(&region, n * granule_pages), Ok(mark(n * granule_pages))));
+            eventually("what is not needed is given back", || engine.stats().read_buffer_bytes <= 2 << 20);
+            let stats = engine.stats();
+            assert!(stats.read_buffer_bytes_late == late && stats.read_buffer_bytes_peak <= bytes as u64, "{stats:?}");
+            hung.iter().for_each(|hung| hung.open());
+            eventually("all buffers are back", || engine.stats().read_buffer_bytes_late == 0);
+            eventually("and given back", || engine.stats().read_buffer_bytes <= 2 << 20);
+        }
+    });
+}
+
+/// A read that waits for room is not overtaken by smaller ones, which would never leave it any; what waits for nothing has
+/// room of its own.
+#[test]
+fn a_large_read_is_not_overtaken() {
+    alone("a_large_read_is_not_overtaken", || {
+        needs_sources!();
+        let engine = engine_builder().fault_around_pages(1).read_buffer_bytes(8 << 20).build().unwrap();
+        let granule_pages = (GRANULE_MAX_BYTES / page_size()) as u64;
+        let (first, later) = (SlowSource::shut(Says::default()), Arc::new(Mutex::new(None)));
+        let large = SlowSource::new(Says { granule_pages, ..Says::default() });
+        let (asking, note) = (Arc::clone(&large), Arc::clone(&later));
+        let small = support::source(100, move |_, _| {
+            note.lock().unwrap().get_or_insert(asking.asked().len());
+            Ok(())
+        });
+        let quick = SlowSource::new(Says { may_block: false, ..Says::default() });
+        let regions =
+            [first.list(100), large.list(granule_pages), small, quick.list(100)].map(|l| attached(&engine, &l));
+        let [first_region, large_region, small_region, quick_region] = regions.each_ref().map(|(_, region)| region);
+        std::thread::scope(|scope| {
+            let touchers = [first_region, large_region, small_region].map(|region| touches(scope, &engine, region, 5));
+            first.wait_for_inside(1);
+            assert_eq!(read_page(quick_region, 5), Ok(mark(5)));
+            assert!(large.asked().is_empty());
+            first.open();
+            touchers.into_iter().for_each(|toucher| assert_eq!(toucher.join().unwrap(), Ok(mark(5))));
+        });
+        assert_eq!(*later.lock().unwrap(), Some(1), "reads of the large source when the small one was asked");
     });
 }

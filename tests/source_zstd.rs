@@ -1,4 +1,5 @@
 //! Compressed images: every page right, read by other tools, and damage of every kind told or refused.
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of one")]
 #![cfg(feature = "zstd")]
 
 mod support;

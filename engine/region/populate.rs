@@ -24,7 +24,7 @@ use crate::runtime::shared::EngineShared;
 use crate::runtime::threads::{self, Role, contain};
 use crate::sys::Stop;
 use crate::vmap::core::VmapCore;
-use crate::vmap::fetch::{fetch, made_from};
+use crate::vmap::fetch::{Fetcher, made_from};
 use crate::vmap::fill::{Refusal, fill_some};
 use crate::vmap::refuse_nested;
 use crate::{Error, Result};
@@ -228,6 +228,7 @@ impl Region {
             wanted: 0,
             missing: 0,
             first: None,
+            fetcher: Fetcher::default(),
         };
         if range.is_empty() {
             task.end = task.at;
@@ -252,6 +253,7 @@ struct Task {
     wanted: u64,
     missing: u64,
     first: Option<Missing>,
+    fetcher: Fetcher,
 }
 
 /// The first page that can't be had.
@@ -288,13 +290,14 @@ impl Task {
     /// Takes what is before an address out, as a task of its own.
     fn split_off(&mut self, end: usize) -> Task {
         let at = std::mem::replace(&mut self.at, end);
-        let (core, shared) = (Arc::clone(&self.core), Arc::clone(&self.shared));
-        Task { core, shared, at, end, missing: 0, first: None, ..*self }
+        let (core, shared, fetcher) = (Arc::clone(&self.core), Arc::clone(&self.shared), self.fetcher.clone());
+        Task { core, shared, at, end, missing: 0, first: None, fetcher, ..*self }
     }
 
     /// Counts what a part of this could not have.
     fn absorb(&mut self, part: &mut Task) {
         self.missing += std::mem::take(&mut part.missing);
+        self.fetcher.absorb(&part.fetcher);
         if let Some(first) = part.first.take().filter(|its| self.first.as_ref().is_none_or(|own| its.addr < own.addr)) {
             self.first = Some(first);
         }
@@ -392,12 +395,15 @@ impl Task {
     fn fetch(&mut self, piece: &Piece, pages: Range<u64>) -> Result<bool> {
         let (shared, core) = (Arc::clone(&self.shared), Arc::clone(&self.core));
         let mut had = pages.start;
-        let next = fetch(&shared, &core, pages.clone(), |refused, why| {
+        let mut fetcher = std::mem::take(&mut self.fetcher);
+        let next = fetcher.fetch(&shared, &core, pages.clone(), |refused, why| {
             self.map(piece.addr_of(had), had, refused.start - had);
             let nr_pages = refused.end - refused.start;
             self.miss(piece.addr_of(refused.start), refused.start, nr_pages, why.message());
             had = refused.end;
-        })?;
+        });
+        self.fetcher = fetcher;
+        let next = next?;
         self.map(piece.addr_of(had), had, next - had);
         self.at = piece.addr_of(next);
         Ok(next > pages.start)

@@ -147,8 +147,6 @@ pub(crate) enum Post {
     Stray(Stray),
     /// Pages could not be read.
     Failed(Failed),
-    /// One more worker is needed.
-    Worker,
     /// After a shutdown no area is left that the fault-handling thread knows: may it end?
     Empty,
     /// The thread has ended: no area is left and none will come.

@@ -134,9 +134,10 @@ impl EngineBuilder {
     ///
     /// Each is made by a thread of its own, which is started when it is first needed and stays. Of all files and sources
     /// together, at most [`WORKERS_MAX`] reads that may wait are made at once. So a source that does not come back occupies
-    /// its own threads, and no others: further touches of its pages wait until one of them is free, or their
-    /// [deadline](crate::FailurePolicy::deadline) has passed. Sources that [wait for nothing](crate::PageSource::may_block) have
-    /// 4 threads more among them.
+    /// that many threads: further touches of its pages wait until one of them is free, or their
+    /// [deadline](crate::FailurePolicy::deadline) has passed. Other sources have the rest; when sources that don't come back occupy
+    /// [`WORKERS_MAX`] threads together (8 such sources, unless set), no other source or file that may wait is read. Sources that
+    /// [wait for nothing](crate::PageSource::may_block) have 4 threads more among them.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
@@ -146,8 +147,13 @@ impl EngineBuilder {
     /// Sets how many bytes of memory reads may take together, until their pages are installed; 40 MiB unless set, and at least
     /// 8 MiB.
     ///
-    /// Of these, 4 MiB are for sources that [wait for nothing](crate::PageSource::may_block). Reads that find no room wait for it.
-    /// Huge pages have buffers of their own, and whoever fills pages on a thread of his own ([`Vmap::read_at`],
+    /// Of these, 4 MiB are for sources that [wait for nothing](crate::PageSource::may_block). Reads that find no room wait for it, in
+    /// order. A read of a source that hangs keeps its memory from others until its [deadline](crate::FailurePolicy::deadline)
+    /// has passed; then it does not count any more, and takes up to 4 MiB beside until the source answers: with all threads hung,
+    /// 272 MiB ([`Stats::read_buffer_bytes_late`](crate::Stats::read_buffer_bytes_late)).
+    ///
+    /// Huge pages have buffers of their own: four of 2 MiB, where one whose deadline has passed is replaced, and one for each larger
+    /// size, which a source that hangs keeps. Whoever fills pages on a thread of his own ([`Vmap::read_at`],
     /// [`Region::populate`](crate::Region::populate), a shutdown that fills) has one of at most 256 KiB beside.
     #[must_use]
     pub fn read_buffer_bytes(mut self, bytes: usize) -> Self {

@@ -121,6 +121,11 @@ impl KeeperHandle {
         tid != 0 && self.tid.load(Ordering::Relaxed) == tid
     }
 
+    /// Has the keeper look what is asked of it.
+    pub(crate) fn nudge(&self) {
+        self.bell.ring();
+    }
+
     /// Sends a request; when the keeper has ended it is dropped, and its ticket tells the asker.
     pub(crate) fn send(&self, request: Request) {
         if self.requests.send(request).is_ok() {

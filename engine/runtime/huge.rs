@@ -27,7 +27,8 @@ use crate::sys::{Stop, Userfault};
 use crate::vmap::page_size::{PageSize, bytes_of, parts};
 use crate::{Error, Result};
 
-/// Huge pages of 2 MiB that workers may read at once. Of larger ones it is one: its memory stays with the engine.
+/// Huge pages of 2 MiB that workers may read at once for somebody who waits. Of larger ones it is one, in any case: its memory
+/// stays with the engine.
 const READ_BUFFERS: usize = 4;
 
 /// What composing huge pages of one size takes.
@@ -39,6 +40,7 @@ pub(crate) struct HugeMemory {
     zeros: Mmap,
     /// Where workers compose pages.
     buffers: MmapVec<ReadBuffer>,
+    nr_lent: usize,
 }
 
 impl HugeMemory {
@@ -52,7 +54,32 @@ impl HugeMemory {
         let zeros = anonymous()?.make_read_only().map_err(Error::io(no_memory))?;
         // COPY reads what is mapped without a second try. It is one page of zeros, shown everywhere.
         let _ = zeros.advise(Advice::PopulateRead);
-        Ok(HugeMemory { page, bounce: anonymous()?, zeros, buffers })
+        Ok(HugeMemory { page, bounce: anonymous()?, zeros, buffers, nr_lent: 0 })
+    }
+}
+
+impl HugeMemory {
+    /// Lends a buffer, of which `nr_late` are lent to reads that nobody waits for any more.
+    fn lend(&mut self, nr_late: usize) -> Option<ReadBuffer> {
+        let buffer = match self.buffers.pop() {
+            Some(buffer) => buffer,
+            // Those may never come back, and are replaced.
+            None if self.page == PageSize::Huge2M && self.nr_lent - nr_late < READ_BUFFERS => {
+                ReadBuffer(MmapMut::map_anon(self.page.bytes()).ok()?)
+            }
+            None => return None,
+        };
+        self.nr_lent += 1;
+        Some(buffer)
+    }
+
+    /// Takes one back, unless it was replaced.
+    fn give_back(&mut self, buffer: ReadBuffer, nr_late: usize) {
+        self.nr_lent -= 1;
+        if self.page > PageSize::Huge2M || self.buffers.len() + self.nr_lent - nr_late < READ_BUFFERS {
+            // Without room to note it, it is given up.
+            let _ = self.buffers.try_push(buffer);
+        }
     }
 }
 
@@ -66,15 +93,14 @@ impl HugeSizes {
     }
 
     /// Lends a buffer for a page of a size, if one is free.
-    pub(super) fn lend(&mut self, page: PageSize) -> Option<ReadBuffer> {
-        self.of(page)?.buffers.pop()
+    pub(super) fn lend(&mut self, page: PageSize, nr_late: usize) -> Option<ReadBuffer> {
+        self.of(page)?.lend(nr_late)
     }
 
     /// Takes it back.
-    pub(super) fn give_back(&mut self, page: PageSize, buffer: ReadBuffer) {
+    pub(super) fn give_back(&mut self, page: PageSize, buffer: ReadBuffer, nr_late: usize) {
         if let Some(memory) = self.of(page) {
-            // It came from there: its place is free.
-            let _ = memory.buffers.try_push(buffer);
+            memory.give_back(buffer, nr_late);
         }
     }
 }
@@ -197,6 +223,9 @@ impl Resolver {
                 self.poison_huge(space, uffd, *page, fault)
             }
             TryRead::WouldBlock if is_worker => self.refuse_worker(space, uffd, fault),
+            TryRead::WouldBlock | TryRead::Failed(_) if !self.may_wait(fault, None) => {
+                self.refuse_worker(space, uffd, fault)
+            }
             // A failure is tried again, and told of.
             TryRead::WouldBlock | TryRead::Failed(_) => self.hand_huge_to_worker(area, fault, pages),
         }
@@ -320,5 +349,22 @@ fn map_resident(uffd: &Userfault, addr: usize, len: usize) -> Resident {
         Some(Stop::Changing | Stop::NoMemory) => Resident::Later,
         Some(Stop::Gone) => Resident::Gone,
         Some(_) => Resident::Unclear,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_are_late_are_replaced() {
+        let mut memory = HugeMemory::new(PageSize::Huge2M).unwrap();
+        let mut lent: Vec<_> = std::iter::from_fn(|| memory.lend(0)).collect();
+        assert_eq!(lent.len(), READ_BUFFERS);
+        lent.extend([memory.lend(2), memory.lend(2)].into_iter().flatten());
+        assert_eq!(lent.len(), READ_BUFFERS + 2);
+        assert!(memory.lend(2).is_none());
+        lent.into_iter().for_each(|buffer| memory.give_back(buffer, 0));
+        assert_eq!((memory.buffers.len(), memory.nr_lent), (READ_BUFFERS, 0));
     }
 }

@@ -173,6 +173,7 @@ impl Keeper {
             match event.data() {
                 BELL_TOKEN => {
                     self.inbox.bell.hear();
+                    self.start_worker();
                     self.count_posts();
                     self.obey_requests();
                 }
@@ -181,6 +182,15 @@ impl Keeper {
             }
         }
         woken
+    }
+
+    /// Starts one more worker, if it is asked for.
+    fn start_worker(&self) {
+        if self.pool.roll.take_call()
+            && let Err(_error) = self.pool.start(&self.shared)
+        {
+            tell!(WARN, "kiomap::source", "no more workers", engine = self.shared.id, why = _error.to_string());
+        }
     }
 
     /// Counts what the fault-handling thread saw end.
@@ -192,17 +202,6 @@ impl Keeper {
                 Post::Stray(stray) => self.look_up(stray),
                 // If something is, the thread asks again when it is told of an unmap.
                 Post::Failed(failed) => self.note_failed(failed),
-                Post::Worker => {
-                    if let Err(_error) = self.pool.start(&self.shared) {
-                        tell!(
-                            WARN,
-                            "kiomap::source",
-                            "no more workers",
-                            engine = self.shared.id,
-                            why = _error.to_string()
-                        );
-                    }
-                }
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
                 Post::HandlerEnded => self.ended = true,

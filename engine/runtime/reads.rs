@@ -73,6 +73,12 @@ pub(crate) struct Wanted {
     pub(crate) since: Moment,
 }
 
+impl Wanted {
+    pub(crate) fn len_bytes(&self) -> usize {
+        (self.pages.end - self.pages.start) as usize * page_size()
+    }
+}
+
 /// A read.
 pub(crate) struct Read {
     pub(crate) id: u64,
@@ -293,9 +299,29 @@ impl Reads {
         self.changed = true;
     }
 
+    /// How many reads there are, made or not.
+    pub(crate) fn nr_reads(&self) -> usize {
+        self.reads.len()
+    }
+
+    /// Tells whether a worker is at a read.
+    pub(crate) fn is_made(&self, id: u64) -> bool {
+        self.reads.iter().any(|read| read.id == id && read.is_made())
+    }
+
     /// How many workers are at a read.
     pub(crate) fn nr_made(&self) -> usize {
         self.reads.iter().filter(|read| read.is_made()).count()
+    }
+
+    /// Tells whether a worker is at a read that is not late.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.reads.iter().any(|read| read.state == State::Made)
+    }
+
+    /// What workers are at though nobody waits for it any more.
+    pub(crate) fn late(&self) -> impl Iterator<Item = &Wanted> {
+        self.reads.iter().filter(|read| read.state == State::Late).map(|read| &read.wanted)
     }
 
     /// Finds the first read from `index` on that may be made.

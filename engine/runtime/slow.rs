@@ -7,7 +7,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use nix::errno::Errno;
 
 use super::around::FaultAround;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Late, buffer_bytes};
 use super::call::Ticket;
 use super::command::{Lent, ReadDone, ReadJob};
 use super::fault::Fault;
@@ -18,7 +18,7 @@ use crate::kiobuf::{ReadUnit, TryRead};
 use crate::page::page_size;
 use crate::source::GRANULE_MAX_BYTES;
 use crate::space::table::Area;
-use crate::space::{Space, Target};
+use crate::space::{OWN_SPACE, Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{Stop, Userfault};
@@ -30,6 +30,9 @@ const BUFFERS_KEPT: std::time::Duration = std::time::Duration::from_millis(200);
 /// When a read is tried for which the kernel had no memory.
 const STARVED_PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 
+/// When a worker is asked for again that could not be started.
+const CALL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What the resolver keeps for reads by workers.
 pub(crate) struct Slow {
     pub(super) reads: Reads,
@@ -39,6 +42,8 @@ pub(crate) struct Slow {
     limits: Limits,
     /// Workers that were asked for.
     called: usize,
+    /// When the last one was, and how many had been refused by then.
+    last_call: (Moment, usize),
 }
 
 /// What became of the next read.
@@ -63,14 +68,57 @@ impl Slow {
         buffer_bytes: usize,
         started: usize,
     ) -> Slow {
-        Slow { reads: Reads::new(), buffers: Buffers::new(buffer_bytes), jobs, roll, limits, called: started }
+        Slow {
+            reads: Reads::new(),
+            buffers: Buffers::new(buffer_bytes),
+            jobs,
+            roll,
+            limits,
+            called: started,
+            last_call: (Moment::now(), 0),
+        }
+    }
+
+    /// Asks for one more worker, unless there are all, one will come, or one was just refused; answers whether it did.
+    fn call_worker(&mut self, now: Moment) -> bool {
+        let (started, refused) = (self.roll.started(), self.roll.refused());
+        if started >= THREADS_MAX {
+            return false;
+        }
+        let (last, refused_then) = self.last_call;
+        let was_refused = refused > refused_then;
+        let calls = self.called <= started + refused && (!was_refused || last.after(CALL_PAUSE) <= now);
+        if calls {
+            self.called += 1;
+            self.last_call = (now, refused);
+            self.roll.call();
+        }
+        // Nobody tells that one was refused.
+        self.reads.change();
+        self.reads.wake_at(now.after(CALL_PAUSE));
+        calls
     }
 
     fn take_back(&mut self, lent: Lent) {
-        self.buffers.take_back(lent.buffer, lent.is_quick);
-        if self.reads.nr_made() <= 1 && self.buffers.is_ample() {
+        self.buffers.take_back(lent.buffer, lent.is_quick, self.late());
+        if !self.reads.is_busy() && self.buffers.is_ample() {
             self.reads.wake_at(Moment::now().after(BUFFERS_KEPT));
         }
+    }
+
+    /// What is lent to reads that nobody waits for any more.
+    fn late(&self) -> Late {
+        let mut late = Late::default();
+        for wanted in self.reads.late().filter(|wanted| wanted.huge.is_none()) {
+            let bytes = buffer_bytes(wanted.len_bytes());
+            *if wanted.is_quick { &mut late.quick_bytes } else { &mut late.slow_bytes } += bytes;
+        }
+        late
+    }
+
+    /// How many buffers for huge pages of a size are lent to such reads.
+    fn nr_late(&self, page: PageSize) -> usize {
+        self.reads.late().filter(|wanted| wanted.huge == Some(page)).count()
     }
 }
 
@@ -117,6 +165,7 @@ impl Resolver {
             // A failure is tried again, and told of.
             TryRead::WouldBlock | TryRead::Failed(_) => match self.brought_for_another(uffd, fault) {
                 Some(answer) => answer,
+                None if !self.may_wait(fault, None) => self.refuse_worker(space, uffd, fault),
                 None => self.hand_to_worker(area, fault, window),
             },
         }
@@ -132,13 +181,29 @@ impl Resolver {
         pgoff: u64,
     ) -> Option<Answer> {
         let id = self.slow.reads.covering(area.target.vmap.id, pgoff)?;
-        if self.is_worker(fault) {
+        if !self.may_wait(fault, Some(id)) {
             return Some(self.refuse_worker(space, uffd, fault));
         }
         Some(match self.slow.reads.join(id, Waiter::Fault(*fault)) {
             Ok(()) => Answer::Handed,
             Err(_) => Answer::Later,
         })
+    }
+
+    /// Tells whether a thread may wait for a read, or for one that it asks for: a worker may not, and the keeper only if there is a
+    /// worker for every read by now, because it would have to start another itself.
+    pub(super) fn may_wait(&self, fault: &Fault, read: Option<u64>) -> bool {
+        if self.is_worker(fault) {
+            return false;
+        }
+        if fault.space != OWN_SPACE || !self.shared.keeper.is_thread(fault.tid) {
+            return true;
+        }
+        let Slow { reads, roll, .. } = &self.slow;
+        match read {
+            Some(id) => reads.is_made(id) || reads.nr_reads() <= roll.started(),
+            None => reads.nr_reads() < roll.started(),
+        }
     }
 
     /// Maps a page that was not there when its thread touched, and has been brought for another space before its fault was
@@ -159,7 +224,7 @@ impl Resolver {
         let ReadUnit { pages: unit, run, medium, is_quick } = unit_of(pgoff)?;
         let widened = unit_of(window.start)?.pages.start..unit_of(window.end - 1)?.pages.end;
         let most = (GRANULE_MAX_BYTES / page_size()) as u64;
-        let widened = if widened.end - widened.start > most { unit.clone() } else { widened };
+        let widened = cut_off(widened, &unit, most, |pgoff| Some(unit_of(pgoff)?.pages))?;
         // While a vmap grows its object does not hold all pages of the list yet.
         let held = target.vmap.nr_pages().max(pgoff + 1);
         let widened = widened.start..widened.end.min(held);
@@ -223,6 +288,8 @@ impl Resolver {
     /// Has a worker make the next read, if there is one that may be made and a worker for it.
     pub(crate) fn make_next(&mut self, spaces: &[Space]) -> Next {
         let mut index = 0;
+        // Those that wait for nothing have room of their own, so they are one kind, and those that may wait another.
+        let (mut slow_waits, mut quick_waits) = (false, false);
         while let Some(found) = self.slow.reads.next_queued(index, self.slow.limits) {
             let made = self.slow.reads.nr_made();
             if made >= self.slow.roll.started() {
@@ -235,22 +302,31 @@ impl Resolver {
                 return Next::Over(self.slow.reads.stale(found));
             };
             let (id, wanted) = (read.id, read.wanted.clone());
+            let waits = if wanted.is_quick { &mut quick_waits } else { &mut slow_waits };
+            if wanted.huge.is_none() && *waits {
+                index = found + 1;
+                continue;
+            }
             let Some(lent) = self.lend(&wanted) else {
-                if made == 0 {
+                // Smaller ones must not take the room for which it waits, again and again.
+                *waits |= wanted.huge.is_none();
+                if !self.slow.reads.is_busy() {
                     // Nothing that comes back would have it tried again.
                     self.slow.reads.change();
                     self.slow.reads.wake_at(Moment::now().after(STARVED_PAUSE));
-                    return Next::Nothing;
                 }
                 index = found + 1;
                 continue;
             };
             let counters = [&self.shared.counters.worker_reads, &subject.vmap.counters.worker_reads];
             counters.into_iter().for_each(|counter| add(counter, 1));
-            self.slow.reads.made(found);
             let Wanted { generation, pages, .. } = wanted;
             match self.slow.jobs.try_send(ReadJob { id, subject, generation, pages, lent }) {
-                Ok(()) => return Next::Made,
+                Ok(()) => {
+                    self.slow.reads.made(found);
+                    self.tell_held();
+                    return Next::Made;
+                }
                 // There is room for as many as there are workers, and the keeper keeps the other end: it can't be.
                 Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => {
                     // The area, or the asker, holds the subject too.
@@ -259,26 +335,22 @@ impl Resolver {
                 }
             }
         }
+        self.tell_held();
         Next::Nothing
     }
 
     fn lend(&mut self, wanted: &Wanted) -> Option<Lent> {
         let (huge, is_quick) = (wanted.huge, wanted.is_quick);
         let buffer = match huge {
-            Some(page) => self.huge.lend(page)?,
-            None => {
-                let bytes = (wanted.pages.end - wanted.pages.start) as usize * page_size();
-                let lent = self.slow.buffers.lend(bytes, is_quick)?;
-                self.tell_held();
-                lent
-            }
+            Some(page) => self.huge.lend(page, self.slow.nr_late(page))?,
+            None => self.slow.buffers.lend(wanted.len_bytes(), is_quick, self.slow.late())?,
         };
         Some(Lent { buffer, huge, is_quick })
     }
 
     fn give_back(&mut self, lent: Lent) {
         match lent.huge {
-            Some(page) => self.huge.give_back(page, lent.buffer),
+            Some(page) => self.huge.give_back(page, lent.buffer, self.slow.nr_late(page)),
             None => self.slow.take_back(lent),
         }
         self.tell_held();
@@ -287,21 +359,19 @@ impl Resolver {
     /// Publishes how much memory buffers take. No other thread does.
     fn tell_held(&self) {
         use std::sync::atomic::Ordering::Relaxed;
-        let held = self.slow.buffers.held_bytes() as u64;
+        let late = self.slow.late();
+        let held = self.slow.buffers.held_bytes(late) as u64;
         self.shared.counters.read_buffer_bytes.store(held, Relaxed);
+        self.shared.counters.read_buffer_bytes_late.store((late.slow_bytes + late.quick_bytes) as u64, Relaxed);
         let peak = &self.shared.counters.read_buffer_bytes_peak;
         if held > peak.load(Relaxed) {
             peak.store(held, Relaxed);
         }
     }
 
-    /// A worker that was asked for may be there; answers whether one more is to be asked for.
+    /// Asks for one more worker, if it is time; answers whether the keeper is to be nudged.
     pub(crate) fn call_worker(&mut self) -> bool {
-        let Slow { roll, called, .. } = &mut self.slow;
-        let (started, refused) = (roll.started(), roll.refused());
-        let calls = *called <= started + refused && started < THREADS_MAX;
-        *called += usize::from(calls);
-        calls
+        self.slow.call_worker(Moment::now())
     }
 
     /// Takes what a worker has done; answers with what that means for those who wait.
@@ -321,7 +391,7 @@ impl Resolver {
         let ended = self.slow.reads.expired(Moment::now());
         match ended {
             Some(_) => add(&self.shared.counters.reads_expired, 1),
-            None if self.slow.reads.nr_made() == 0 => {
+            None if !self.slow.reads.is_busy() => {
                 self.slow.buffers.trim();
                 self.tell_held();
             }
@@ -348,6 +418,25 @@ impl Resolver {
     }
 }
 
+/// Cuts a window of whole units off that is wider than `most` pages, which a unit never is: it is then as many units as fit from
+/// the given one on.
+fn cut_off(
+    window: Range<u64>,
+    unit: &Range<u64>,
+    most: u64,
+    unit_of: impl Fn(u64) -> Option<Range<u64>>,
+) -> Option<Range<u64>> {
+    if window.end - window.start <= most {
+        return Some(window);
+    }
+    let end = unit.start + most;
+    if window.end <= end {
+        return Some(unit.start..window.end);
+    }
+    let last = unit_of(end - 1)?;
+    Some(unit.start..if last.end <= end { last.end } else { last.start })
+}
+
 /// What a read is of, as somebody knows who waits for it; `None` if it is not that any more.
 fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject> {
     match waiter {
@@ -364,5 +453,140 @@ fn subject(waiter: &Waiter, spaces: &[Space], wanted: &Wanted) -> Option<Subject
         Waiter::Asker { subject: Subject { vmap, list, window }, .. } => {
             Some(Subject { vmap: Arc::clone(vmap), list: list.clone(), window: window.clone() })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::runtime::handles::Request;
+    use crate::runtime::workers;
+    use crate::{AttachOptions, Engine, FailurePolicy, PageSource, Region};
+
+    #[test]
+    fn a_wide_window_is_cut_off_between_units() {
+        // Units of 4 pages from page 1 on.
+        let unit_of = |pgoff: u64| {
+            let start = (pgoff - 1) / 4 * 4 + 1;
+            Some(start..start + 4)
+        };
+        let cut = |window, pgoff, most| cut_off(window, &unit_of(pgoff).unwrap(), most, unit_of).unwrap();
+        assert_eq!(cut(1..17, 6, 16), 1..17);
+        assert_eq!(cut(1..29, 6, 16), 5..21);
+        assert_eq!(cut(1..29, 6, 4), 5..9);
+        assert_eq!(cut(1..29, 6, 6), 5..9);
+        assert_eq!(cut(1..29, 20, 16), 17..29);
+        // The first unit is cut by the begin of its extent: what fits after it.
+        let short = |pgoff: u64| unit_of(pgoff).map(|unit| unit.start.max(3)..unit.end);
+        assert_eq!(cut_off(3..29, &(3..5), 16, short), Some(3..17));
+    }
+
+    #[test]
+    fn one_worker_is_called_at_a_time_and_after_a_refusal_not_at_once() {
+        let roll = Arc::new(Roll::new());
+        let (jobs, _inbox) = crossbeam_channel::bounded(1);
+        let mut slow = Slow::new(jobs, Arc::clone(&roll), workers::limits(8), 8 << 20, 0);
+        let start = Moment::now();
+        let at = |ms| start.after(Duration::from_millis(ms));
+        assert!(slow.call_worker(at(0)) && !slow.call_worker(at(1)));
+        // However long the keeper takes, it is asked once.
+        assert!(!slow.call_worker(at(5000)));
+        assert!(roll.take_call() && !roll.take_call());
+        roll.refuse();
+        assert!(slow.reads.take_changed() && slow.reads.soonest().is_some(), "it is asked again");
+        assert!(slow.call_worker(at(5000)) && !slow.call_worker(at(5001)));
+        assert!(roll.take_call());
+        roll.refuse();
+        assert!(!slow.call_worker(at(5001)) && !slow.call_worker(at(5999)) && !roll.take_call());
+        assert!(slow.call_worker(at(6000)) && roll.take_call());
+        // It has come.
+        roll.enter(1);
+        assert!(slow.call_worker(at(6001)) && roll.take_call());
+    }
+
+    /// Answers when it is let, with zeros; touches a page when it is dropped.
+    struct Gate {
+        asked: mpsc::Sender<()>,
+        open: std::sync::Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl PageSource for Gate {
+        fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            self.asked.send(()).unwrap();
+            self.open.lock().unwrap().recv().map_err(std::io::Error::other)
+        }
+    }
+
+    struct Last {
+        page: usize,
+        touched: mpsc::Sender<Result<(), Errno>>,
+    }
+
+    impl PageSource for Last {
+        fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.touched.send(populate(self.page)).unwrap();
+        }
+    }
+
+    /// Has the kernel touch a page, which is an error where a touch would be SIGBUS.
+    fn populate(page: usize) -> Result<(), Errno> {
+        // SAFETY: brings a page, or not.
+        Errno::result(unsafe { libc::madvise(page as *mut _, 1, libc::MADV_POPULATE_READ) }).map(drop)
+    }
+
+    /// Code that the keeper runs, where it drops a list, waits for a slow page if there is a worker for it, and is refused it if
+    /// not: nobody else would start one.
+    #[test]
+    fn the_thread_that_starts_workers_does_not_wait_for_one() {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        let (asked, is_asked) = mpsc::channel();
+        let attach = |open| {
+            let mut list = crate::Kiobuf::new();
+            let source = Gate { asked: asked.clone(), open: std::sync::Mutex::new(open) };
+            list.map_source(Arc::new(source), 10 * page_size() as u64).unwrap();
+            let policy = FailurePolicy::default().retries(0).deadline(Duration::from_secs(3600));
+            let vmap = engine.vmap_builder(&list).failure_policy(policy).build().unwrap();
+            let region = vmap.attach(&AttachOptions::new()).unwrap();
+            (vmap, region)
+        };
+        let page = |region: &Region, n| region.as_ptr().addr() + n * page_size();
+        let (open, opened) = mpsc::channel();
+        let (vmap, region) = attach(opened);
+        open.send(()).unwrap();
+        if populate(page(&region, 0)) == Err(Errno::EFAULT) {
+            return eprintln!("skipped, because the kernel's own touches are not reported to this user");
+        }
+        is_asked.recv().unwrap();
+        let touched_by_keeper = |page| {
+            let (touched, outcome) = mpsc::channel();
+            let mut list = crate::Kiobuf::new();
+            list.map_source(Arc::new(Last { page, touched }), 1).unwrap();
+            let _subject = Subject { vmap: Arc::clone(&vmap.core), list, window: None };
+            vmap.shared.keeper.send(Request::Drop { _subject });
+            outcome.recv_timeout(Duration::from_secs(20)).unwrap()
+        };
+        open.send(()).unwrap();
+        assert_eq!(touched_by_keeper(page(&region, 1)), Ok(()));
+        is_asked.recv().unwrap();
+        let (open_hung, opened) = mpsc::channel();
+        let (_vmap, hung) = attach(opened);
+        std::thread::scope(|scope| {
+            let toucher = scope.spawn(|| populate(page(&hung, 0)));
+            is_asked.recv().unwrap();
+            let refused = touched_by_keeper(page(&region, 2));
+            open_hung.send(()).unwrap();
+            assert_eq!((refused.is_err(), engine.stats().self_faults), (true, 1));
+            assert_eq!(toucher.join().unwrap(), Ok(()));
+        });
+        assert!(is_asked.try_recv().is_err(), "it was not asked for what was refused");
     }
 }

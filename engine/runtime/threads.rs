@@ -77,11 +77,16 @@ pub(crate) fn current_role(engine: u64) -> Option<Role> {
 
 /// Runs code of the application: a panic of it is counted, and goes no further.
 pub(crate) fn contain<T>(shared: &EngineShared, code: impl FnOnce() -> T) -> Option<T> {
-    let outcome = catch_unwind(AssertUnwindSafe(code));
-    if outcome.is_err() {
-        add(&shared.counters.panics, 1);
+    let panic = match catch_unwind(AssertUnwindSafe(code)) {
+        Ok(value) => return Some(value),
+        Err(panic) => panic,
+    };
+    add(&shared.counters.panics, 1);
+    // What it carries is the application's too. What panics as it is dropped may carry the like.
+    if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
+        std::mem::forget(another);
     }
-    outcome.ok()
+    None
 }
 
 /// Ends a forked child whose only application thread was a thread of the engine: its code forked there and returned,

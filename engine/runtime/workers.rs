@@ -22,6 +22,7 @@ use super::reads::{Limits, Outcome};
 use super::shared::EngineShared;
 use super::threads::{self, Role, contain};
 use crate::Result;
+use crate::kiobuf::ReadFailure;
 use crate::page::page_size;
 use crate::sys::Stop;
 use crate::trace::tell;
@@ -50,6 +51,8 @@ pub(crate) struct Roll {
     started: AtomicUsize,
     /// Those that were asked for and could not be started.
     refused: AtomicUsize,
+    /// One more is asked for.
+    called: AtomicBool,
     /// What they read is not installed any more.
     closed: AtomicBool,
 }
@@ -60,6 +63,7 @@ impl Roll {
             ids: [const { AtomicI32::new(-1) }; THREADS_MAX],
             started: AtomicUsize::new(0),
             refused: AtomicUsize::new(0),
+            called: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
     }
@@ -72,6 +76,28 @@ impl Roll {
     /// The workers that were asked for and will not come.
     pub(crate) fn refused(&self) -> usize {
         self.refused.load(Ordering::Acquire)
+    }
+
+    /// Notes that one could not be started.
+    pub(super) fn refuse(&self) {
+        self.refused.fetch_add(1, Ordering::Release);
+    }
+
+    /// Enters a thread that does what they do. The keeper starts one after the other, and each is known before the next.
+    pub(super) fn enter(&self, tid: i32) {
+        let index = self.started();
+        self.ids[index].store(tid, Ordering::Release);
+        self.started.store(index + 1, Ordering::Release);
+    }
+
+    /// Asks for one more; the keeper is to be nudged.
+    pub(super) fn call(&self) {
+        self.called.store(true, Ordering::Release);
+    }
+
+    /// Tells the keeper whether one more is asked for, once.
+    pub(crate) fn take_call(&self) -> bool {
+        self.called.swap(false, Ordering::AcqRel)
     }
 
     /// Has nothing be installed any more: what is not there at a shutdown does not come after it.
@@ -116,8 +142,7 @@ impl Pool {
         match started {
             Ok(thread) => self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread),
             Err(error) => {
-                // Not told: it would be asked for again at once. It is when a read has ended.
-                self.roll.refused.fetch_add(1, Ordering::Release);
+                self.roll.refuse();
                 return Err(error);
             }
         }
@@ -138,10 +163,7 @@ pub(crate) fn join(threads: &Threads, ended: &Receiver<()>) {
 
 /// Does jobs until their sender is gone.
 fn run(shared: &EngineShared, roll: &Roll, jobs: &Receiver<ReadJob>, done: &Sender<ReadDone>, bell: &Bell) {
-    // The keeper starts one after the other, and each is known before the next.
-    let index = roll.started();
-    roll.ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Release);
-    roll.started.store(index + 1, Ordering::Release);
+    roll.enter(nix::unistd::gettid().as_raw());
     bell.ring();
     while let Ok(mut job) = jobs.recv() {
         let outcome = read(shared, roll, &mut job);
@@ -173,12 +195,15 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
             subject.list.read_pages(pages.start, &mut lent.buffer.0[..bytes])
         }
     });
+    if shared.is_child() {
+        // The source forked and returned in the child: what the engine had is not here.
+        threads::end_child();
+    }
     let outcome = match read {
         Some(Ok(())) if roll.closed.load(Ordering::Acquire) => Outcome::TakenBack,
         Some(Ok(())) => install(shared, job),
-        // It may own memory, which is to be freed here and not by the fault-handling thread.
-        Some(Err(failure)) => Outcome::Failed(Why::new(FailureCause::Error(failure.errno()), failure)),
-        None => Outcome::Failed(Why::new(FailureCause::Panicked, "its source panicked")),
+        Some(Err(failure)) => Outcome::Failed(why(shared, failure)),
+        None => Outcome::Failed(panicked()),
     };
     if let Outcome::Failed(_why) = &outcome {
         tell!(
@@ -193,6 +218,17 @@ fn read(shared: &EngineShared, roll: &Roll, job: &mut ReadJob) -> Outcome {
         );
     }
     outcome
+}
+
+/// Puts a failure in words, and frees it, so that the fault-handling thread needn't. Both may be code of the application.
+fn why(shared: &EngineShared, failure: ReadFailure) -> Why {
+    let why = contain(shared, || Why::new(FailureCause::Error(failure.errno()), &failure));
+    contain(shared, || drop(failure));
+    why.unwrap_or_else(panicked)
+}
+
+fn panicked() -> Why {
+    Why::new(FailureCause::Panicked, "its source panicked")
 }
 
 fn install(shared: &EngineShared, job: &ReadJob) -> Outcome {

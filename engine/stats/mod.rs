@@ -120,7 +120,8 @@ page_counters! {
         /// Ranges that `mremap` added without an event (grown in place, left behind by `MREMAP_DONTUNMAP`, mapped a second
         /// time), found in the kernel's table when they were first touched. They are served from then on.
         adopted,
-        /// Faults of a worker thread on a page that only a worker could have read; answered by SIGBUS.
+        /// Faults of a worker thread on a page that only a worker could have read, and of the thread that starts workers (where what
+        /// a list keeps alive is dropped) while none was free for it; answered by SIGBUS.
         self_faults,
         /// Reads that failed and were tried again, or of which the pages that were asked for were read by themselves.
         reads_failed,
@@ -133,6 +134,9 @@ page_counters! {
         read_buffer_bytes,
         /// The most that they had at once.
         read_buffer_bytes_peak,
+        /// Bytes beside them in which sources are still reading what nobody waits for any more, because the deadline has passed or
+        /// the list was exchanged; at most 4 MiB for each of 68 threads.
+        read_buffer_bytes_late,
         /// Panics of page sources and callbacks that were caught.
         panics,
         /// Unmap, remap and remove events that were applied.

@@ -12,86 +12,96 @@ use super::failure::{FailureCause, Why};
 use super::window::{Window, is_resident};
 use crate::kiobuf::Kiobuf;
 use crate::runtime::command::Command;
-use crate::runtime::reads::Subject;
+use crate::runtime::reads::{How, Subject};
 use crate::runtime::shared::EngineShared;
 use crate::{Error, Result};
 
 /// Pages that are asked for together, or a granule if that is more.
 const CHUNK_PAGES: u64 = 64;
-/// How often a list may be exchanged while its pages are read.
-const EXCHANGES: u32 = 16;
 
-/// Brings pages of a range from its start on, as long as page sources make them; answers how far it came: to the first page that
-/// none makes. Tells of pages that can't be had, in order.
-///
-/// The caller holds nothing of the vmap.
-///
-/// # Errors
-///
-/// [`Error::Shutdown`].
-pub(crate) fn fetch(
-    shared: &EngineShared,
-    core: &Arc<VmapCore>,
-    pages: Range<u64>,
-    mut refused: impl FnMut(Range<u64>, &Why),
-) -> Result<u64> {
-    let (mut at, mut exchanges) = (pages.start, 0);
-    while at < pages.end {
-        let contents = core.contents();
-        let (Some(window), Some(chunk)) = (&contents.window, chunk(core, &contents.list, at..pages.end)) else { break };
-        let end = chunk.end.min(pages.end);
-        let Some(missing) = missing(core, window, chunk) else {
-            at = end;
-            continue;
-        };
-        match read(shared, core, &contents, missing.clone())? {
-            Ok(()) => {}
-            // What the list has there now is not known.
-            Err(_) if core.generation() != contents.generation && exchanges < EXCHANGES => {
-                exchanges += 1;
+/// Asks page sources for pages, as long as they answer in time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fetcher {
+    /// What has let a deadline pass, and is asked for nothing more.
+    hung: Vec<usize>,
+}
+
+impl Fetcher {
+    /// Brings pages of a range from its start on, as long as page sources make them; answers how far it came: to the first page
+    /// that none makes. Tells of pages that can't be had, in order.
+    ///
+    /// The caller holds nothing of the vmap.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shutdown`].
+    pub(crate) fn fetch(
+        &mut self,
+        shared: &EngineShared,
+        core: &Arc<VmapCore>,
+        pages: Range<u64>,
+        mut refused: impl FnMut(Range<u64>, &Why),
+    ) -> Result<u64> {
+        let mut at = pages.start;
+        // Up to here pages are asked for by their granules: together they failed.
+        let mut alone_until = at;
+        while at < pages.end {
+            let contents = core.contents();
+            let Some(window) = &contents.window else { break };
+            let Some(chunk) = chunk(core, &contents.list, at..pages.end, at < alone_until) else { break };
+            let end = chunk.end.min(pages.end);
+            let Some(missing) = missing(core, window, chunk) else {
+                at = end;
                 continue;
+            };
+            match self.read(shared, core, &contents, missing.clone())? {
+                How::Installed => at = end,
+                // The list was taken back: the one of now is asked.
+                How::Again { alone: false } => {}
+                How::Again { alone: true } => alone_until = end,
+                How::Failed { why, .. } => {
+                    refused(missing.start.max(at)..missing.end.min(end), &why);
+                    at = end;
+                }
             }
-            // A source that did not answer in time will not for each of them.
-            Err(why) if why.cause == FailureCause::Deadline || is_unit(core, &contents, &missing) => {
-                refused(missing.start.max(at)..missing.end.min(end), &why);
+        }
+        Ok(at)
+    }
+
+    /// Notes what others found.
+    pub(crate) fn absorb(&mut self, other: &Fetcher) {
+        for medium in &other.hung {
+            if !self.hung.contains(medium) {
+                self.hung.push(*medium);
             }
-            // One of them may be all that is wrong.
-            Err(_) => fetch_apart(shared, core, &contents, missing, pages.end, &mut refused)?,
         }
-        at = end;
     }
-    Ok(at)
-}
 
-/// Tells whether pages come or fail together.
-fn is_unit(core: &VmapCore, contents: &Contents, pages: &Range<u64>) -> bool {
-    core.page().is_huge() || contents.list.read_unit(pages.start).is_some_and(|unit| pages.end <= unit.pages.end)
-}
-
-/// Brings pages that could not be had together, up to `end` and what comes with that.
-fn fetch_apart(
-    shared: &EngineShared,
-    core: &Arc<VmapCore>,
-    contents: &Contents,
-    pages: Range<u64>,
-    end: u64,
-    refused: &mut impl FnMut(Range<u64>, &Why),
-) -> Result<()> {
-    let mut at = pages.start;
-    while at < pages.end.min(end) {
-        let Some(unit) = contents.list.read_unit(at) else { break };
-        let next = unit.pages.end.min(pages.end);
-        if let Err(why) = read(shared, core, contents, at..next)? {
-            refused(at..next.min(end), &why);
+    fn read(
+        &mut self,
+        shared: &EngineShared,
+        core: &Arc<VmapCore>,
+        contents: &Contents,
+        pages: Range<u64>,
+    ) -> Result<How> {
+        let Contents { list, window, generation, .. } = contents;
+        let generation = *generation;
+        let medium = list.read_unit(pages.start).map_or(0, |unit| unit.medium);
+        if self.hung.contains(&medium) {
+            return Ok(How::Failed { vmap: core.id, generation, pages, why: Why::deadline(), tries: 0 });
         }
-        at = next;
+        let subject = Subject { vmap: Arc::clone(core), list: list.clone(), window: window.clone() };
+        let how = shared.handler.ask(|reply| Command::Read { subject, generation, pages, reply })?;
+        if let How::Failed { why: Why { cause: FailureCause::Deadline, .. }, .. } = how {
+            self.hung.push(medium);
+        }
+        Ok(how)
     }
-    Ok(())
 }
 
-/// The pages that are best asked for together, from the first of a range on, if a page source makes that; they may reach
-/// behind it.
-fn chunk(core: &VmapCore, list: &Kiobuf, pages: Range<u64>) -> Option<Range<u64>> {
+/// The pages that are best asked for together, or `alone`, from the first of a range on, if a page source makes that; they may
+/// reach behind it.
+fn chunk(core: &VmapCore, list: &Kiobuf, pages: Range<u64>, alone: bool) -> Option<Range<u64>> {
     let page = core.page();
     if page.is_huge() {
         let first = page.first_of(pages.start);
@@ -99,8 +109,9 @@ fn chunk(core: &VmapCore, list: &Kiobuf, pages: Range<u64>) -> Option<Range<u64>
         return list.made_by_source(whole.clone()).map(|_| whole);
     }
     let made = list.made_by_source(pages.clone()).filter(|made| made.start == pages.start)?;
+    let most = if alone { 1 } else { CHUNK_PAGES };
     let mut end = list.read_unit(made.start)?.pages.end;
-    while end < made.end && end - made.start < CHUNK_PAGES {
+    while end < made.end && end - made.start < most {
         end = list.read_unit(end)?.pages.end;
     }
     Some(made.start..end)
@@ -115,17 +126,6 @@ fn missing(core: &VmapCore, window: &Window, pages: Range<u64>) -> Option<Range<
     let first = pages.clone().find(is_missing)?;
     let last = (first..pages.end).rev().find(is_missing)?;
     Some(first..last + 1)
-}
-
-fn read(
-    shared: &EngineShared,
-    core: &Arc<VmapCore>,
-    contents: &Contents,
-    pages: Range<u64>,
-) -> Result<std::result::Result<(), Why>> {
-    let subject = Subject { vmap: Arc::clone(core), list: contents.list.clone(), window: contents.window.clone() };
-    let generation = contents.generation;
-    shared.handler.ask(|reply| Command::Read { subject, generation, pages, reply })
 }
 
 /// The first page from `first` on that a page source makes, or `end`.

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::core::{Contents, VmapCore};
 use super::failure::Why;
-use super::fetch::{fetch, made_from};
+use super::fetch::{Fetcher, made_from};
 use super::page_size::PageSize;
 use crate::kiobuf::ExtentKind;
 use crate::runtime::shared::EngineShared;
@@ -34,6 +34,7 @@ pub(crate) fn fill_all(
 ) {
     // As long as they are now: what is appended from here on is not attended to.
     let lengths: Vec<u64> = vmaps.iter().map(|vmap| vmap.contents().list.nr_pages()).collect();
+    let mut fetcher = Fetcher::default();
     let mut so_far = FillProgress { pages_done: 0, pages_total: lengths.iter().sum(), pages_failed: 0 };
     if progress(so_far).is_break() {
         return;
@@ -41,7 +42,7 @@ pub(crate) fn fill_all(
     for (vmap, nr_pages) in vmaps.iter().zip(lengths) {
         let mut pgoff = 0;
         while pgoff < nr_pages {
-            let (next, failed) = fill_step(shared, vmap, pgoff, nr_pages);
+            let (next, failed) = fill_step(shared, &mut fetcher, vmap, pgoff, nr_pages);
             so_far.pages_done += next - pgoff;
             so_far.pages_failed += failed;
             pgoff = next;
@@ -53,10 +54,10 @@ pub(crate) fn fill_all(
 }
 
 /// Fills some pages from `first` on; answers how far it came, and how many pages could not be had.
-fn fill_step(shared: &EngineShared, core: &Arc<VmapCore>, first: u64, end: u64) -> (u64, u64) {
+fn fill_step(shared: &EngineShared, fetcher: &mut Fetcher, core: &Arc<VmapCore>, first: u64, end: u64) -> (u64, u64) {
     let mut failed = 0;
     let count = |pages: Range<u64>, _: &Why| failed += pages.end - pages.start;
-    match fetch(shared, core, first..end.min(first.saturating_add(STEP_PAGES)), count) {
+    match fetcher.fetch(shared, core, first..end.min(first.saturating_add(STEP_PAGES)), count) {
         Ok(next) if next > first => return (next, failed),
         Ok(_) => {}
         // The fault-handling thread has ended.

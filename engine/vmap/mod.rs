@@ -42,7 +42,7 @@ use crate::{Error, Result};
 use claim::Claim;
 use core::{Contents, DerefFn, Exchange, VmapCore};
 use failure::{FailedFn, FailurePolicy, Failures, ReadFailed};
-use fetch::{fetch, made_from, not_brought};
+use fetch::{Fetcher, made_from, not_brought};
 use object::{Backing, Object};
 use page_size::PageSize;
 use residency::Residency;
@@ -577,10 +577,10 @@ impl Vmap {
 
     /// Has those pages of a range read that page sources make.
     fn fetch(&self, pages: Range<u64>) -> Result<()> {
-        let mut at = pages.start;
+        let (mut at, mut fetcher) = (pages.start, Fetcher::default());
         while at < pages.end {
             let mut failed = None;
-            let next = fetch(&self.shared, &self.core, at..pages.end, |pages, why| {
+            let next = fetcher.fetch(&self.shared, &self.core, at..pages.end, |pages, why| {
                 failed.get_or_insert_with(|| not_brought(&pages, why));
             })?;
             failed.map_or(Ok(()), Err)?;

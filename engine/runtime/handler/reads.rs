@@ -25,7 +25,7 @@ impl Handler {
                     Next::Nothing => break,
                     Next::NoWorker => {
                         if self.resolver.call_worker() {
-                            self.post(Post::Worker);
+                            self.keeper.nudge();
                         }
                         break;
                     }
