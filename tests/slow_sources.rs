@@ -773,6 +773,16 @@ fn filling_asks_a_source_as_a_touch_does() {
         (0..500).for_each(|page| assert_eq!(read_page(&region, page), Ok(mark(page))));
         assert_eq!(source.asked().len(), 5);
 
+        // No read is larger than the largest granule, in the smallest memory that may be set.
+        let small = engine_builder().read_buffer_bytes(8 << 20).build().unwrap();
+        let granule_pages = (GRANULE_MAX_BYTES / page_size()) as u64;
+        let large = SlowSource::new(Says { granule_pages, ..Says::default() });
+        let (_, region) = region_of(&small, &large.list(3 * granule_pages), once().deadline(Duration::from_secs(20)));
+        let from = (granule_pages - 8) as usize * page_size();
+        region.populate(from..region.len_bytes()).unwrap();
+        assert_eq!(large.asked().len(), 3);
+        assert!(large.asked().iter().all(|pages| pages.end - pages.start <= granule_pages), "{:?}", large.asked());
+
         let failing = SlowSource::new(Says::default());
         failing.fail(true);
         let (_, region) = region_of(&engine, &failing.list(3), FailurePolicy::default().backoff(Duration::ZERO));

@@ -271,7 +271,8 @@ impl Resolver {
             run,
             huge: page.is_huge().then_some(page),
             medium,
-            is_quick,
+            // Of a huge page, others of its extents may wait.
+            is_quick: is_quick && !page.is_huge(),
             is_unit: page.is_huge() || pages.end <= unit.end,
             // It may overlap others, so nothing is to be joined to it.
             alone: true,

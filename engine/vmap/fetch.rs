@@ -11,9 +11,11 @@ use super::core::{Contents, VmapCore};
 use super::failure::{FailureCause, Why};
 use super::window::{Window, is_resident};
 use crate::kiobuf::Kiobuf;
+use crate::page::page_size;
 use crate::runtime::command::Command;
 use crate::runtime::reads::{How, Subject};
 use crate::runtime::shared::EngineShared;
+use crate::source::GRANULE_MAX_BYTES;
 use crate::{Error, Result};
 
 /// Pages that are asked for together, or a granule if that is more.
@@ -109,10 +111,16 @@ fn chunk(core: &VmapCore, list: &Kiobuf, pages: Range<u64>, alone: bool) -> Opti
         return list.made_by_source(whole.clone()).map(|_| whole);
     }
     let made = list.made_by_source(pages.clone()).filter(|made| made.start == pages.start)?;
-    let most = if alone { 1 } else { CHUNK_PAGES };
+    let enough = if alone { 1 } else { CHUNK_PAGES };
+    // No read is larger.
+    let most = (GRANULE_MAX_BYTES / page_size()) as u64;
     let mut end = list.read_unit(made.start)?.pages.end;
-    while end < made.end && end - made.start < most {
-        end = list.read_unit(end)?.pages.end;
+    while end < made.end && end - made.start < enough {
+        let next = list.read_unit(end)?.pages.end;
+        if next - made.start > most {
+            break;
+        }
+        end = next;
     }
     Some(made.start..end)
 }
