@@ -1,7 +1,7 @@
 //! The noun `WorkingSet`: the pages that an application really faulted on, in that order, kept for its next start.
 //!
 //! A start wants the same few pages first, each time. They are recorded where faults are counted ([`recorder`]), saved beside
-//! the image ([`file`]), and brought at the next start before they are wanted
+//! the image ([`mod@file`]), and brought at the next start before they are wanted
 //! ([`Region::replay`](crate::Region::replay)).
 
 pub(crate) mod fault;

@@ -20,7 +20,7 @@ const FROM_AFAR: Pace = Pace { threads: 4, step_pages: 16, most_waits: 1 };
 impl Region {
     /// Brings the pages of a working set that lie in the region, on threads of the engine, before they are touched: in the order
     /// in which they were faulted on, and with each what a fault on it brings along
-    /// ([`FaultAround`](crate::FaultAround)).
+    /// ([`FaultAround`]).
     ///
     /// It is a [`Region::populate_in_background`] of just these pages, with the same handle and options. Neighbours among
     /// 512 pages of the set are brought together, and steps are no longer than that. Files and sources are told ahead what will
