@@ -320,8 +320,8 @@ fn handlers_stacks_and_masks_of_the_application_are_untouched() {
             engine_threads_block_everything(1);
         });
         support::reap_ok(pid);
-        // Fault, keeper, callback, four workers; and those that some placements and several handlers have besides.
-        engine_threads_block_everything(7);
+        // Fault, keeper, callback, a worker; and those that some placements and several handlers have besides.
+        engine_threads_block_everything(4);
         drop(region);
         engine.shutdown(Shutdown::Poison).unwrap();
         same("after the shutdown");
