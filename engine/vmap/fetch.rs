@@ -79,7 +79,8 @@ impl Fetcher {
         }
     }
 
-    fn read(
+    /// Has a worker read pages of one extent, or a huge page, unless what they are read from has let a deadline pass.
+    pub(super) fn read(
         &mut self,
         shared: &EngineShared,
         core: &Arc<VmapCore>,

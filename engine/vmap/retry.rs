@@ -8,12 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::core::Contents;
-use super::failure::{FailureCause, Why};
+use super::fetch::Fetcher;
 use super::window::{Window, is_resident};
 use super::{Vmap, owner_only, refuse_nested};
 use crate::runtime::command::{Command, Healed, Place};
 use crate::runtime::patience::Patience;
-use crate::runtime::reads::{How, Subject};
+use crate::runtime::reads::How;
 use crate::runtime::threads::{self, Role};
 use crate::sys::Features;
 use crate::{Error, Result};
@@ -51,7 +51,7 @@ impl Vmap {
         // Whoever was refused a page before this was called is known after it.
         self.shared.settle()?;
         let mut outcome = Ok(());
-        let mut hung = Vec::new();
+        let mut fetcher = Fetcher::default();
         for failed in self.core.failures.within(pages) {
             let mut at = failed.start;
             // What is before it failed together.
@@ -59,7 +59,7 @@ impl Vmap {
             while at < failed.end {
                 let Some(step) = self.step(at..failed.end, at < alone_until) else { break };
                 let (start, end) = (step.pages.start, step.pages.end);
-                match self.read(&step, &mut hung)? {
+                match self.read(&step, &mut fetcher)? {
                     How::Installed => {
                         outcome = outcome.and(self.heal(&step.pages));
                         at = end;
@@ -91,28 +91,18 @@ impl Vmap {
         } else {
             start..end.min(start + STEP_PAGES).min(unit.run.end)
         };
-        Some(Step { contents, window, pages, medium: unit.medium })
+        Some(Step { contents, window, pages })
     }
 
-    /// Has a worker read the pages of a step, if one of them is missing, and what they are read from has not let a deadline pass.
-    fn read(&self, step: &Step, hung: &mut Vec<usize>) -> Result<How> {
-        let Step { contents: Contents { list, generation, .. }, window, pages, medium } = step;
+    /// Has a worker read the pages of a step, if one of them is missing.
+    fn read(&self, step: &Step, fetcher: &mut Fetcher) -> Result<How> {
+        let Step { contents, window, pages } = step;
         // What is behind the end of the list needs no reading.
-        let pages = pages.start..pages.end.min(list.nr_pages());
+        let pages = pages.start..pages.end.min(contents.list.nr_pages());
         if pages.clone().all(|page| is_resident(&self.core.object, window, page)) {
             return Ok(How::Installed);
         }
-        let (vmap, generation) = (self.core.id, *generation);
-        if hung.contains(medium) {
-            return Ok(How::Failed { vmap, generation, pages, why: Why::deadline(), tries: 0 });
-        }
-        let (vmap, list, window) = (Arc::clone(&self.core), list.clone(), Some(Arc::clone(window)));
-        let subject = Subject { vmap, list, window };
-        let how = self.shared.handler.ask(|reply| Command::Read { subject, generation, pages, reply })?;
-        if let How::Failed { why: Why { cause: FailureCause::Deadline, .. }, .. } = how {
-            hung.push(*medium);
-        }
-        Ok(how)
+        fetcher.read(&self.shared, &self.core, contents, pages)
     }
 
     /// Maps pages wherever they were refused.
@@ -143,6 +133,4 @@ struct Step {
     contents: Contents,
     window: Arc<Window>,
     pages: Range<u64>,
-    /// What they are read from.
-    medium: usize,
 }
