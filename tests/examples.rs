@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use kiomap::page_size;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use support::{DEADLINE, eventually};
+use support::{eventually, limited};
 
 /// Somebody without privileges.
 const NOBODY: u32 = 65534;
@@ -25,21 +25,8 @@ fn program(name: &str) -> PathBuf {
     path
 }
 
-fn command(program: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null());
-    // SAFETY: alarm(2) is async-signal-safe; it outlives the exec, and SIGALRM ends a program that hangs.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::alarm::set(DEADLINE.as_secs() as u32);
-            Ok(())
-        });
-    }
-    command
-}
-
 fn run(name: &str, arguments: &[&str]) -> Output {
-    command(&program(name), arguments).output().unwrap()
+    limited(&program(name), arguments).output().unwrap()
 }
 
 fn stdout(output: &Output) -> String {
@@ -182,7 +169,7 @@ fn a_file_that_shrinks_meanwhile_is_an_error_not_a_crash() {
     let file = File::create(&path).unwrap();
     // Sparse, and a page at a time: far from being touched through when its mapping appears.
     file.set_len(1 << 30).unwrap();
-    let mut command = command(&program("page_file"), &[path.to_str().unwrap(), "--fault-around", "1"]);
+    let mut command = limited(&program("page_file"), &[path.to_str().unwrap(), "--fault-around", "1"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let maps = format!("/proc/{}/maps", child.id());
     eventually("the file is attached", || fs::read_to_string(&maps).unwrap().contains("/memfd:kiomap "));
@@ -224,7 +211,7 @@ fn the_examples_work_without_privileges() {
         // By another process: a descriptor that writes to a program, inherited by what another test starts at this
         // moment, would keep it from being run (ETXTBSY).
         assert!(Command::new("cp").arg(program(name)).arg(&copy).status().unwrap().success());
-        command(&copy, arguments).uid(NOBODY).gid(NOBODY).current_dir("/").output().unwrap()
+        limited(&copy, arguments).uid(NOBODY).gid(NOBODY).current_dir("/").output().unwrap()
     };
     assert!(last_line(&success(&run("shared_heap", &[]))).starts_with("verified: "));
     let found = json(&run("page_file", &[data.to_str().unwrap(), "--json"]));

@@ -5,14 +5,13 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use support::DEADLINE;
 use support::contents::contents;
+use support::limited;
 
 /// The example, which `cargo test` builds beside the tests, or `cargo build --example image`.
 fn program() -> PathBuf {
@@ -23,16 +22,7 @@ fn program() -> PathBuf {
 }
 
 fn run(program: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null());
-    // SAFETY: alarm(2) is async-signal-safe; it outlives the exec, and SIGALRM ends a program that hangs.
-    unsafe {
-        command.pre_exec(|| {
-            nix::unistd::alarm::set(DEADLINE.as_secs() as u32);
-            Ok(())
-        });
-    }
-    command.output().unwrap()
+    limited(program, arguments).output().unwrap()
 }
 
 #[track_caller]

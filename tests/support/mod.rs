@@ -285,6 +285,20 @@ pub(crate) fn engine_builder() -> kiomap::EngineBuilder {
     if serves_kernel_faults() { builder } else { builder.open_ways(&[kiomap::OpenWay::UserModeOnly]) }
 }
 
+/// A program of which nothing is asked at its input, and that is ended when it hangs.
+pub(crate) fn limited(program: &std::path::Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null());
+    // SAFETY: alarm(2) is async-signal-safe; it outlives the exec, and SIGALRM ends a program that hangs.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::alarm::set(DEADLINE.as_secs() as u32);
+            Ok(())
+        });
+    }
+    command
+}
+
 /// The level of privilege that the whole suite runs at: names of features that the kernel is taken to lack, and
 /// `KERNEL_FAULTS` for user mode only, between commas.
 const WITHOUT: &str = "KIOMAP_TEST_WITHOUT";
