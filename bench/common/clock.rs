@@ -20,9 +20,14 @@ pub(crate) struct Clock {
 
 static COUNTER: OnceLock<bool> = OnceLock::new();
 
-/// Chooses and measures the clock. Until then, [`now`] reads the kernel's.
+/// Chooses the clock; tells whether it is the counter. Until then, [`now`] reads the kernel's. All processes choose the same.
+pub(crate) fn choose() -> bool {
+    *COUNTER.get_or_init(counter_is_steady)
+}
+
+/// Chooses and measures the clock.
 pub(crate) fn calibrate() -> Clock {
-    let counter = *COUNTER.get_or_init(counter_is_steady);
+    let counter = choose();
     let (begin, ticks) = (Instant::now(), now());
     while begin.elapsed() < CALIBRATION {}
     let ns_per_tick = begin.elapsed().as_nanos() as f64 / (now() - ticks) as f64;

@@ -80,7 +80,7 @@ impl Floor {
                 {
                     eprintln!("the floor runs anywhere: {error:#}");
                 }
-                answer(&uffd, &range, pages, with, &source)
+                answer(&uffd, range.as_ptr().expose_provenance(), pages, with, &source)
             });
             handler.context("starting the floor's handler")
         };
@@ -105,8 +105,13 @@ impl Floor {
     }
 }
 
-fn answer(uffd: &Uffd, memory: &Mapping, pages: usize, with: With, source: &Source) -> u64 {
-    let base = memory.as_ptr().expose_provenance();
+/// Starts the loop for memory of another process, where the caller may run; it ends when the page behind the last is touched.
+pub(crate) fn serve(uffd: Uffd, base: usize, pages: usize, with: With, source: Source) -> Result<JoinHandle<u64>> {
+    let handler = std::thread::Builder::new().name("floor".into());
+    handler.spawn(move || answer(&uffd, base, pages, with, &source)).context("starting the floor's handler")
+}
+
+fn answer(uffd: &Uffd, base: usize, pages: usize, with: With, source: &Source) -> u64 {
     let end = pages * page_size();
     let source = source.as_ref().as_ptr();
     let mut messages = [Message::default(); MESSAGES];

@@ -18,6 +18,8 @@ const MODE_MINOR: u64 = 4;
 const EVENT_PAGEFAULT: u8 = 0x12;
 /// UFFD_FEATURE_EVENT_REMAP, _REMOVE and _UNMAP.
 pub(crate) const FEATURES_OF_EVENTS: u64 = 1 << 2 | 1 << 3 | 1 << 6;
+/// UFFD_FEATURE_THREAD_ID.
+pub(crate) const FEATURE_THREAD_ID: u64 = 1 << 8;
 /// UFFD_FEATURE_MINOR_SHMEM.
 pub(crate) const FEATURE_MINOR: u64 = 1 << 10;
 
@@ -133,6 +135,16 @@ impl Uffd {
         // SAFETY: the argument is a whole struct of ours.
         unsafe { uffdio_api(raw, &mut api) }.context("UFFDIO_API")?;
         Ok(uffd)
+    }
+
+    /// Takes one that another process has opened for the same waiting.
+    pub(crate) fn of(fd: OwnedFd, waiting: Waiting) -> Uffd {
+        Uffd { fd, waiting }
+    }
+
+    /// Gives the descriptor up.
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.fd
     }
 
     /// Registers memory for pages that are missing.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result};
 use kiomap::page_size;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use serde::{Deserialize, Serialize};
 
 use super::clock::now;
 
@@ -35,7 +36,7 @@ impl Contents {
 }
 
 /// What a pass saw.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 #[repr(C)]
 pub(crate) struct Pass {
     /// Ticks at the first touch and after the last.

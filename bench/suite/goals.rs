@@ -85,6 +85,7 @@ const RULES: &[Rule] = &[
     speed("scale_engine_engines_2", "scale_engine_threads_1", 1.7),
     speed("scale_engine_processes_2", "scale_engine_processes_1", 1.7),
     speed("scale_engine_in_thread_2", "scale_engine_in_thread_1", 1.7),
+    ratio(Of::P50, "foreign_engine", "foreign_floor", 1.15),
     ratio(Of::P50, "sources_disturbed", "sources_undisturbed", 1.3),
     absolute(Of::P50, "attach_1t_attach", 1.0, "ms", 1e6),
     absolute(Of::Bytes, "attach_1t_memory", 1.0, "MiB", 1048576.0),

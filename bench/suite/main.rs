@@ -7,10 +7,12 @@ mod common;
 mod counting;
 mod events;
 mod faults;
+mod foreign;
 mod goals;
 mod idle;
 mod life;
 mod memory;
+mod peer;
 mod plot;
 mod pool;
 mod populate;
@@ -39,7 +41,7 @@ use crate::common::{clock, raw};
 use crate::report::{Entry, Report, Run, Section};
 use crate::series::{Bench, Group, Sample};
 
-/// Measures page faults, throughput, scaling, attaches, events, lives and idleness: the kernel's, a bare loop's, the engine's.
+/// Measures page faults, throughput, scaling, other processes, attaches, events, lives and idleness: the kernel's, a bare loop's, the engine's.
 #[derive(Parser)]
 #[command(name = "suite")]
 struct Arguments {
@@ -64,6 +66,9 @@ struct Arguments {
     /// Run pinned series on this processor; the last that is allowed unless given
     #[arg(long, value_name = "NUMBER")]
     cpu: Option<usize>,
+    /// Be the process whose memory is served: one of the suite's own starts this
+    #[arg(long, hide = true)]
+    peer: bool,
     /// Accepted because cargo passes it
     #[arg(long, hide = true)]
     bench: bool,
@@ -77,7 +82,8 @@ const WARM_BYTES: [usize; 2] = [4 << 30, 1 << 29];
 const REST: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    match if arguments.peer { peer::obey() } else { run(&arguments) } {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("suite: {error:#}");
@@ -131,6 +137,7 @@ fn measure_all(arguments: &Arguments) -> Result<Option<Report>> {
         throughput::group(&bench),
         populate::group(&bench),
         scaling::group(&bench),
+        foreign::group(&bench),
         sources::group(&bench),
         attach::group(&bench)?,
         events::group(&bench),

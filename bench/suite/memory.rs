@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::common::raw::{run_on, usage};
 use crate::common::source::Source;
-use crate::common::touch::{Contents, mark, pass};
+use crate::common::touch::{Contents, Pass, mark, pass};
 use crate::series::{Bench, Sample};
 
 /// Seconds after which a pass counts as hung.
@@ -57,11 +57,16 @@ impl Served {
 
     /// Checks that nothing went wrong that a touch doesn't show.
     pub(crate) fn finish(self) -> Result<()> {
-        self.engine.settle().context("settling the engine's counts")?;
-        let stats = self.engine.stats();
-        ensure!(stats.source_errors + stats.pages_poisoned == 0, "pages could not be had: {stats:?}");
-        Ok(())
+        all_was_had(&self.engine)
     }
+}
+
+/// Checks that an engine refused no page.
+pub(crate) fn all_was_had(engine: &Engine) -> Result<()> {
+    engine.settle().context("settling the engine's counts")?;
+    let stats = engine.stats();
+    ensure!(stats.source_errors + stats.pages_poisoned == 0, "pages could not be had: {stats:?}");
+    Ok(())
 }
 
 /// A list of the source's first pages.
@@ -77,10 +82,15 @@ pub(crate) fn timed(bench: &Bench, base: usize, order: &[usize], contents: Conte
     let before = usage()?.1;
     let seen = pass(base, order, contents, &mut ticks);
     let cpu = usage()?.1 - before;
+    sample_of(bench, seen, ticks, order.len(), cpu)
+}
+
+/// What a pass over so many pages comes to; of the processor time, all threads' in seconds is given.
+pub(crate) fn sample_of(bench: &Bench, seen: Pass, ticks: Vec<u64>, pages: usize, cpu: f64) -> Result<Sample> {
     ensure!(seen.wrong == 0, "{} touches found the wrong bytes", seen.wrong);
     let mut each_ns: Vec<f64> = ticks.into_iter().map(|ticks| ticks as f64 * bench.clock.ns_per_tick).collect();
     each_ns.sort_unstable_by(f64::total_cmp);
-    let per_page = 1.0 / order.len() as f64;
+    let per_page = 1.0 / pages as f64;
     let wall = (seen.end - seen.begin) as f64 * bench.clock.ns_per_tick;
     Ok(Sample { each_ns, wall_ns: Some(wall * per_page), cpu_ns: Some(cpu * 1e9 * per_page), bytes: None })
 }
