@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
+use crate::publish::ConnectFault;
 use crate::sys::{Features, OpenFailure};
 use crate::working_set::fault::WorkingSetFault;
 
@@ -206,6 +207,14 @@ pub enum Error {
         /// The huge pages that were made.
         made: usize,
     },
+    /// No published vmap could be had at a socket.
+    #[error("{path}: {fault}")]
+    NotConnected {
+        /// The path of the socket.
+        path: String,
+        /// What stands in the way.
+        fault: ConnectFault,
+    },
     /// What pages were to come from, or to be written to, is of no use.
     #[error("{name}: {fault}: {why}")]
     Source {
@@ -372,6 +381,7 @@ impl Error {
                 | WorkingSetFault::OtherImage => Errno::ESTALE,
                 _ => Errno::EBADMSG,
             },
+            Error::NotConnected { fault, .. } => fault.errno(),
             Error::Source { fault, .. } => fault.errno(),
         }
     }

@@ -25,6 +25,9 @@
 //! # }
 //! ```
 //!
+//! Processes that were not forked from this one attach a vmap over a Unix socket ([`Vmap::publish`], [`Client`]), and a userfaultfd that
+//! another process made is served with [`Engine::adopt`]; with the cargo feature `firecracker` that of a VM monitor.
+//!
 //! Pages may come from slow places, which workers read: [`FileSource`], [`ReadSource`], [`FnSource`], with the cargo feature
 //! `zstd` compressed images (`ZstdImage`), with `object-store` objects in S3 and other stores (`ObjectSource`), and whatever
 //! else is a [`PageSource`].
@@ -43,12 +46,16 @@
 //! that can't be had raises SIGBUS, whose default action ends the process: the length of a region and the holes of a list
 //! are the caller's to respect.
 
+mod adopt;
 mod error;
+#[cfg(feature = "firecracker")]
+pub mod firecracker;
 mod fork;
 mod inthread;
 mod kiobuf;
 mod page;
 mod process;
+mod publish;
 mod region;
 mod runtime;
 mod snapshot;
@@ -60,6 +67,7 @@ mod trace;
 mod vmap;
 mod working_set;
 
+pub use adopt::{AdoptOptions, Adopted, AdoptedArea, Outside, Refusal, Release};
 pub use error::{Error, Result, SourceFault};
 pub use inthread::{Delivery, in_thread};
 pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
@@ -67,6 +75,11 @@ pub use kiobuf::{Arena, ExtentInfo, ExtentKind, Kiobuf, LockWait, PageLock};
 #[cfg(feature = "object-store")]
 pub use object_store;
 pub use page::page_size;
+#[doc(hidden)]
+pub use publish::fuzzing;
+pub use publish::{
+    Access, CLIENT_AREAS_MAX, Client, ClientOptions, ConnectFault, PeerCredentials, PublishOptions, Published,
+};
 pub use region::{AttachOptions, PopulateEnd, PopulateOptions, PopulateProgress, Populating, Region, Sharing};
 pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;

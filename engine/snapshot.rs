@@ -12,7 +12,7 @@ use nix::sys::stat::fstat;
 use crate::page::page_size;
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
-use crate::space::{AreaRecord, Space};
+use crate::space::{AreaRecord, Space, SpaceId};
 use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
 use crate::vmap::core::VmapCore;
@@ -91,6 +91,8 @@ pub struct AreaSnapshot {
 pub(crate) struct View {
     pub(crate) spaces: MmapVec<SpaceView>,
     pub(crate) areas: MmapVec<AreaRecord>,
+    /// Of this space only.
+    only: Option<SpaceId>,
 }
 
 /// A space; its areas are the next `nr_areas` of the view.
@@ -102,11 +104,19 @@ pub(crate) struct SpaceView {
 
 impl View {
     pub(crate) const fn new() -> View {
-        View { spaces: MmapVec::new(), areas: MmapVec::new() }
+        View { spaces: MmapVec::new(), areas: MmapVec::new(), only: None }
+    }
+
+    /// To be of one space.
+    pub(crate) fn of(space: SpaceId) -> View {
+        View { only: Some(space), ..View::new() }
     }
 
     /// Copies a space's state. Allocates by mmap only.
     pub(crate) fn add(&mut self, space: &Space) -> std::result::Result<(), nix::errno::Errno> {
+        if self.only.is_some_and(|only| only != space.id) {
+            return Ok(());
+        }
         let nr_areas = space.table.len();
         self.areas.try_reserve(nr_areas)?;
         for area in space.table.iter() {

@@ -17,6 +17,8 @@
 //! | `kiomap::callback` | DEBUG | a deref callback has run |
 //! | `kiomap::callback` | ERROR | it panicked |
 //! | `kiomap::source` | WARN | a worker could not read pages; they were given up; no more workers can be started |
+//! | `kiomap::publish` | INFO | a vmap is listened for at a socket, or no longer; a process was refused |
+//! | `kiomap::publish` | WARN | a connection was cut, and why |
 //! | `kiomap::stray` | DEBUG | an address was looked up that no event told of |
 //! | `kiomap::trace` | WARN | events were lost |
 

@@ -4,16 +4,20 @@
 //! zero pages. But then nobody would answer: threads that touch them would sleep for ever. The guard sleeps until
 //! the engine hangs up (an orderly shutdown closes the lifeline, a crash does too) and then answers in its place.
 //!
+//! That of an unrelated client ends with the client ([`Stopper`]): nothing of the engine is mapped in its process then.
+//!
 //! Where the kernel has no UFFDIO_POISON, it masks pages of this process as the engine orders it to meanwhile.
 
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use crossbeam_channel::{Receiver, Sender};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use crate::fork::masks;
 use crate::fork::wire::{self, Ask};
@@ -26,15 +30,101 @@ use crate::sys::{FaultKind, Message, MsgBuffer, Stop, Userfault};
 /// What the guard watches.
 pub(crate) struct Guard {
     pub(crate) lifeline: Arc<Private<OwnedFd>>,
-    pub(crate) owner: Private<OwnedFd>,
+    pub(crate) owner: Arc<Private<OwnedFd>>,
     pub(crate) uffd: Arc<Private<Userfault>>,
     /// Another, which reports no changes: there are vmaps with minor faults.
     pub(crate) aside: Option<Arc<Private<Userfault>>>,
     pub(crate) messages: MsgBuffer,
     /// Orders to mask pages come here; `None` where the kernel has poison.
-    pub(crate) orders: Option<Private<OwnedFd>>,
+    pub(crate) orders: Option<Arc<Private<OwnedFd>>>,
     /// Masks in a row for which there was no room.
     pub(crate) starved: u32,
+    /// What a hang-up means.
+    pub(crate) need: Arc<Need>,
+    /// Dropped when it has ended.
+    pub(crate) ended: Option<Sender<()>>,
+}
+
+/// Whether anything is left to guard when the engine hangs up.
+#[derive(Default)]
+pub(crate) struct Need {
+    state: Mutex<Needed>,
+    decided: Condvar,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Needed {
+    #[default]
+    Yes,
+    /// This process begins or ends its connection at this moment: it is about to be known.
+    Undecided,
+    No,
+}
+
+impl Need {
+    fn set(&self, needed: Needed) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = needed;
+        self.decided.notify_all();
+    }
+
+    /// Waits until it is known.
+    fn is_there(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let undecided = |state: &mut Needed| *state == Needed::Undecided;
+        *self.decided.wait_while(state, undecided).unwrap_or_else(PoisonError::into_inner) == Needed::Yes
+    }
+}
+
+/// Ends a guard. It has what the guard watches, too, so that the descriptors are closed where they were made: the guard has
+/// numbers of its own.
+pub(crate) struct Stopper {
+    need: Arc<Need>,
+    ended: Receiver<()>,
+    lifeline: Arc<Private<OwnedFd>>,
+    _owner: Arc<Private<OwnedFd>>,
+    _uffd: Arc<Private<Userfault>>,
+    _aside: Option<Arc<Private<Userfault>>>,
+    _orders: Option<Arc<Private<OwnedFd>>>,
+}
+
+impl Stopper {
+    /// Makes what ends a guard that has not begun.
+    pub(crate) fn of(guard: &mut Guard) -> Stopper {
+        let (sender, ended) = crossbeam_channel::bounded(0);
+        guard.ended = Some(sender);
+        Stopper {
+            need: Arc::clone(&guard.need),
+            ended,
+            lifeline: Arc::clone(&guard.lifeline),
+            _owner: Arc::clone(&guard.owner),
+            _uffd: Arc::clone(&guard.uffd),
+            _aside: guard.aside.clone(),
+            _orders: guard.orders.clone(),
+        }
+    }
+
+    /// Tells whether the guard is of this process.
+    pub(crate) fn is_here(&self) -> bool {
+        self.lifeline.is_here()
+    }
+
+    /// From here on a hang-up is looked at when it is known whether the guard is needed.
+    pub(crate) fn hesitate(&self) {
+        self.need.set(Needed::Undecided);
+    }
+
+    /// The guard is needed.
+    pub(crate) fn stay(&self) {
+        self.need.set(Needed::Yes);
+    }
+
+    /// Ends the guard, which hesitates, and waits for that: only when nothing is mapped that is missing, as that would be zeros.
+    pub(crate) fn stop(self) {
+        self.need.set(Needed::No);
+        // It is the socket that is shut down: also where the guard has it under a number of its own.
+        let _ = shutdown(self.lifeline.as_raw_fd(), Shutdown::Both);
+        let _ = self.ended.recv();
+    }
 }
 
 /// What became of a page that was to be SIGBUS.
@@ -59,6 +149,10 @@ impl Guard {
         self.take_own_descriptors();
         ready();
         if self.wait_for_hang_up() {
+            if !self.need.is_there() {
+                // Not the last to hold any of it; its own numbers end with this thread.
+                return;
+            }
             // What the engine had read and not answered is nobody's now: whoever sleeps touches again.
             let lowest = lowest_address();
             let _ = self.uffd.wake(lowest, highest_address() - lowest);
@@ -132,7 +226,7 @@ impl Guard {
     fn wait_for_hang_up(&mut self) -> bool {
         let mut order = None;
         loop {
-            let orders = self.orders.as_ref().unwrap_or(&self.lifeline).as_fd();
+            let orders = self.orders.as_deref().unwrap_or(&self.lifeline).as_fd();
             // One order at a time; the next ones wait in the socket.
             let wanted = if self.orders.is_none() || order.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
             let mut watched = [
@@ -156,7 +250,7 @@ impl Guard {
             if hung_up || !happened(&watched[0]).is_empty() || !happened(&watched[1]).is_empty() {
                 return true;
             }
-            order = order.or_else(|| self.orders.as_ref().and_then(|orders| masks::next(orders.as_fd())));
+            order = order.or_else(|| self.orders.as_deref().and_then(|orders| masks::next(orders.as_fd())));
             order = order.filter(|&addr| !self.carry_out(addr));
         }
     }

@@ -207,23 +207,25 @@ fn inherit(shared: &Arc<EngineShared>) -> Result<(MmapVec<AreaRecord>, OwnedFd)>
     if let Some(Role::Keeper | Role::Fault) = threads::current_role(shared.id) {
         return Err(Error::WouldDeadlock { what: "a fork", thread: "keeper" });
     }
-    let (engine_end, child_end) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(Error::sys("socketpair for a child's lifeline"))?;
     match &*shared.local_ungated() {
         Local::Owner { .. } => {
+            let (engine_end, child_end) = new_lifeline()?;
             let engine_end = ledger::lock().adopt(engine_end);
-            let records = fork_space(shared, OWN_SPACE, engine_end)?;
+            let records = fork_space(shared, OWN_SPACE, engine_end, None)?;
             Ok((records, child_end))
         }
         Local::Child { lifeline, .. } => {
-            let (reply, memfd) = lifeline.ask(Ask::Fork, Some(engine_end.as_fd()))?;
-            let (Reply::Forked, Some(memfd)) = (reply, memfd) else {
-                return Err(Error::sys("the answer to a fork")(Errno::EPROTO));
-            };
+            let (memfd, child_end) = lifeline.ask_fork()?;
             Ok((read_records(memfd)?, child_end))
         }
         Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
     }
+}
+
+/// Makes a lifeline: the engine's end and the child's.
+pub(crate) fn new_lifeline() -> Result<(OwnedFd, OwnedFd)> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(Error::sys("socketpair for a child's lifeline"))
 }
 
 /// In the child: maps and registers what it inherits, starts the guard, greets the engine. All or nothing: when any
@@ -238,43 +240,16 @@ fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
         .and_then(|()| tell_taken(&lifeline, taken))
         .and_then(|()| map_all(shared, records, taken));
     let outcome = attempt.and_then(|mut attached| {
-        let pidfd = open_pidfd(pid)?;
-        let (masks, orders) = if shared.poisons() {
-            (None, None)
-        } else {
-            let (engine_end, guard_end) = masks::pair()?;
-            (Some(engine_end), Some(guard_end))
+        let newcomer = Newcomer {
+            shared,
+            socket: &socket,
+            lifeline: &lifeline,
+            uffd: &attached.uffd,
+            pidfd: Some(open_pidfd(pid)?),
+            nr_unlocked: attached.unlocked.len(),
         };
-        let aside = if shared.vmaps.has_minor_faults() {
-            Some(Arc::new(Private::open(|| shared.opener.open(Features::empty()).map(|(uffd, _)| uffd))?))
-        } else {
-            None
-        };
-        let guard = guard::Guard {
-            lifeline: socket,
-            owner: Private::open(|| shared.owner_pidfd.try_clone()).map_err(Error::io("dup of the owner's pidfd"))?,
-            uffd: Arc::clone(&attached.uffd),
-            aside: aside.clone(),
-            messages: MsgBuffer::new(GUARD_MESSAGES),
-            orders,
-            starved: 0,
-        };
-        // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
-        let mut started = Ok(());
-        call(|ready| started = spawn_in_child(Role::Guard, shared.id, move || guard.run(|| ready.answer(()))));
-        started?;
-        lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
-        if let Some(masks) = &masks {
-            lifeline.greet(Ask::Masks, Some(masks.as_fd()))?;
-        }
-        if let Some(aside) = &aside {
-            lifeline.greet(Ask::Aside, Some(aside.as_fd()))?;
-        }
-        lifeline.greet(
-            Ask::Hello { pid, errno: 0, nr_unlocked: attached.unlocked.len() as u64 },
-            Some(attached.uffd.as_fd()),
-        )?;
-        lifeline.welcomed()?;
+        // The guard lasts as long as the process.
+        drop(newcomer.introduce()?);
         std::mem::take(&mut attached.mappings).into_iter().for_each(Mapping::release);
         Ok((Arc::clone(&attached.uffd), std::mem::take(&mut attached.unlocked)))
     });
@@ -283,6 +258,84 @@ fn reattach(prepared: &Prepared, lifeline: OwnedFd) -> Result<Local> {
         Err(error) => {
             let _ = lifeline.greet(Ask::Hello { pid, errno: error.errno() as i32, nr_unlocked: 0 }, None);
             Err(error)
+        }
+    }
+}
+
+/// A process that the engine is to serve from now on: a forked child, or an unrelated client.
+pub(crate) struct Newcomer<'a> {
+    pub(crate) shared: &'a Arc<EngineShared>,
+    pub(crate) socket: &'a Arc<Private<OwnedFd>>,
+    pub(crate) lifeline: &'a Lifeline,
+    pub(crate) uffd: &'a Arc<Private<Userfault>>,
+    /// Its own, unless the engine has it already.
+    pub(crate) pidfd: Option<OwnedFd>,
+    /// The areas that were to be locked if allowed, and are not.
+    pub(crate) nr_unlocked: usize,
+}
+
+impl Newcomer<'_> {
+    /// Starts the guard and greets the engine; answers when the engine serves this process.
+    pub(crate) fn introduce(self) -> Result<guard::Stopper> {
+        let Newcomer { shared, socket, lifeline, uffd, pidfd, nr_unlocked } = self;
+        let (masks, orders) = if shared.poisons() {
+            (None, None)
+        } else {
+            let (engine_end, guard_end) = masks::pair()?;
+            (Some(engine_end), Some(Arc::new(guard_end)))
+        };
+        let aside = if shared.vmaps.has_minor_faults() {
+            Some(Arc::new(Private::open(|| shared.opener.open(Features::empty()).map(|(uffd, _)| uffd))?))
+        } else {
+            None
+        };
+        let owner = Private::open(|| shared.owner_pidfd.try_clone()).map_err(Error::io("dup of the owner's pidfd"))?;
+        let mut guard = guard::Guard {
+            lifeline: Arc::clone(socket),
+            owner: Arc::new(owner),
+            uffd: Arc::clone(uffd),
+            aside: aside.clone(),
+            messages: MsgBuffer::new(GUARD_MESSAGES),
+            orders,
+            starved: 0,
+            need: Arc::default(),
+            ended: None,
+        };
+        let stopper = guard::Stopper::of(&mut guard);
+        // A client that is not served has nothing mapped that the guard could be for.
+        let is_client = pidfd.is_none();
+        if is_client {
+            stopper.hesitate();
+        }
+        let served = (|| {
+            // The application may close every descriptor that it can, as daemons do: not before the guard has its own.
+            let mut started = Ok(());
+            call(|ready| started = spawn_in_child(Role::Guard, shared.id, move || guard.run(|| ready.answer(()))));
+            started?;
+            if let Some(pidfd) = &pidfd {
+                lifeline.greet(Ask::Watch, Some(pidfd.as_fd()))?;
+            }
+            if let Some(masks) = &masks {
+                lifeline.greet(Ask::Masks, Some(masks.as_fd()))?;
+            }
+            if let Some(aside) = &aside {
+                lifeline.greet(Ask::Aside, Some(aside.as_fd()))?;
+            }
+            let pid = nix::unistd::getpid().as_raw();
+            lifeline.greet(Ask::Hello { pid, errno: 0, nr_unlocked: nr_unlocked as u64 }, Some(uffd.as_fd()))?;
+            lifeline.welcomed()
+        })();
+        match served {
+            Ok(()) => {
+                stopper.stay();
+                Ok(stopper)
+            }
+            Err(error) => {
+                if is_client {
+                    stopper.stop();
+                }
+                Err(error)
+            }
         }
     }
 }

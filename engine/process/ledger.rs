@@ -83,6 +83,11 @@ impl<T: AsRawFd> Private<T> {
         self.is_here() && identity(self.value.as_raw_fd()) == self.identity
     }
 
+    /// Tells whether another names the same.
+    pub(crate) fn is_same_as(&self, other: &Private<T>) -> bool {
+        self.identity.is_some() && self.identity == other.identity
+    }
+
     /// Turns the value into another that owns the same descriptor.
     pub(crate) fn map<U: AsRawFd>(self, convert: impl FnOnce(T) -> U) -> Private<U> {
         let mut this = ManuallyDrop::new(self);

@@ -14,6 +14,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockE
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::signal::Signal;
 
 use crate::{Error, Result};
 
@@ -106,4 +107,16 @@ pub(crate) fn open_pidfd(pid: libc::pid_t) -> Result<OwnedFd> {
         Ok(fd) => Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) }),
         Err(errno) => Err(Error::sys("pidfd_open (Linux 5.3)")(errno)),
     }
+}
+
+/// Sends a signal to a process by its pidfd; `None` only asks whether that is allowed.
+///
+/// EPERM: it is not. ESRCH: it has ended.
+pub(crate) fn signal_by(pidfd: BorrowedFd<'_>, signal: Option<Signal>) -> std::result::Result<(), Errno> {
+    let number = signal.map_or(0, |signal| signal as libc::c_int);
+    // SAFETY: pidfd_send_signal(2) reads no memory without a siginfo.
+    let sent = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), number, std::ptr::null::<libc::siginfo_t>(), 0)
+    };
+    Errno::result(sent).map(drop)
 }

@@ -16,13 +16,12 @@ use crate::runtime::handles::Request;
 use crate::runtime::insert::{Inserted, NewArea, insert};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
-use crate::runtime::threads::{self, Role};
 use crate::space::{AreaRecord, OWN_SPACE};
 use crate::stats::add;
 use crate::sys::Userfault;
 use crate::trace::tell;
 use crate::vmap::Vmap;
-use crate::vmap::core::{Caller, VmapCore};
+use crate::vmap::core::VmapCore;
 use crate::{Error, Result};
 
 /// Whether writes reach the other processes.
@@ -211,6 +210,9 @@ fn attach(
     // Until the end: what is counted here may have to be called back for.
     let _attaching = shared.begin_attach().ok_or(Error::Shutdown)?;
     let plan = Plan::new(options, core)?;
+    if core.read_only && options.writable {
+        return Err(Error::sys("attaching for writing what may be read only")(Errno::EACCES));
+    }
     let local = shared.local();
     let uffd = match &*local {
         Local::Owner { uffd } | Local::Child { uffd, .. } => uffd,
@@ -223,7 +225,10 @@ fn attach(
     };
     // Registered, it would be taken for what the hidden area before it has grown by.
     mapping.set_apart()?;
-    core.register(uffd, &mapping).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+    if !core.read_only {
+        // The kernel registers no mapping of a file that can't be written to. Every page of it is there.
+        core.register(uffd, &mapping).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+    }
     let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
     // Registered and still hidden: even a kernel that brought pages for it could not bring zeros.
     let locked = core.lock(&mapping)?;
@@ -273,7 +278,7 @@ fn attach(
         len: mapping.len(),
         pgoff: options.pgoff,
         writable: options.writable,
-        inherit: options.inherit,
+        inherit: options.inherit && !core.read_only,
         first,
         locked,
         depth: depth(),
@@ -348,12 +353,7 @@ fn count_and_insert(
     region: u64,
     transition: Option<Transition<'_>>,
 ) -> Result<bool> {
-    let caller = match callbacks::running() {
-        _ if threads::current_role(shared.id) != Some(Role::Callback) => Caller::Any,
-        Some(vmap) if vmap == core.id => Caller::ItsCallback,
-        _ => Caller::OtherCallback,
-    };
-    let first = core.open(caller, transition.is_some())?;
+    let first = core.open(callbacks::caller(shared, core), transition.is_some())?;
     let _transition = (first || transition.is_some()).then(|| TransitionGuard(core, shared));
     let mapping = registration.mapping;
     let area = NewArea {

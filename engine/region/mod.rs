@@ -3,7 +3,7 @@
 mod access;
 mod attach;
 mod collapse;
-mod populate;
+pub(crate) mod populate;
 mod prefault;
 
 use std::sync::Arc;
@@ -15,13 +15,13 @@ pub use populate::{PopulateEnd, PopulateOptions, PopulateProgress, Populating};
 
 use crate::fork::link::Local;
 use crate::fork::wire::{Ask, Reply};
-use crate::page::page_size;
+use crate::page::{is_aligned, page_size};
 use crate::process::{depth, gate, mapping, maps, mask};
 use crate::runtime::command::{Changing, Command};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::strays::{Finding, find};
-use crate::space::OWN_SPACE;
+use crate::space::{OWN_SPACE, Pieces};
 use crate::trace::tell;
 use crate::vmap::Vmap;
 use crate::vmap::core::VmapCore;
@@ -119,7 +119,12 @@ impl Region {
             return Ok(());
         }
         if !self.inherit {
-            return Err(Error::NotInherited { why: "the region was attached with inherit(false)".into() });
+            let why = if self.core.read_only {
+                "what may be read only is mapped without the engine, in one process"
+            } else {
+                "the region was attached with inherit(false)"
+            };
+            return Err(Error::NotInherited { why: why.into() });
         }
         match &*self.shared.local() {
             Local::Lost { why } => Err(Error::NotInherited { why: why.clone() }),
@@ -134,7 +139,7 @@ impl Region {
         // Past the end of the list there is nothing to be served, ever.
         let nothing_behind = addr == self.addr + self.len && ends_the_list && !self.core.expandable;
         // Huge pages don't grow.
-        if nothing_behind || self.core.page().is_huge() || !mapping::is_mapped(addr) {
+        if nothing_behind || self.core.read_only || self.core.page().is_huge() || !mapping::is_mapped(addr) {
             return Ok(());
         }
         match local {
@@ -174,8 +179,46 @@ impl Region {
         }
     }
 
+    /// In a client that may read only: unmaps the region, and tells the engine.
+    fn unmap_read_only(&self, local: &Local, pieces: Pieces) -> Result<()> {
+        for &(start, end) in pieces.as_slice() {
+            mapping::unmap(start, end - start)?;
+        }
+        match local {
+            Local::Child { lifeline, .. } => lifeline.ask(Ask::Detached { region: self.id }, None).map(drop),
+            Local::Owner { .. } | Local::Lost { .. } => Ok(()),
+        }
+    }
+
+    /// In a client: refuses to unmap what is no memory of the vmap, whatever the engine says. Tells whether any of it is mapped.
+    fn check_pieces(&self, pieces: &Pieces) -> Result<bool> {
+        let refused = |&(start, _): &(usize, usize)| Error::Invalid {
+            what: "the start of a piece of a region, as the server has it",
+            value: start as u64,
+            rule: "it must be whole pages of the vmap's own memory: the server is not what it should be",
+        };
+        let is_range = |&(start, end): &(usize, usize)| start < end && is_aligned(start) && is_aligned(end);
+        if let Some(piece) = pieces.as_slice().iter().find(|piece| !is_range(piece)) {
+            return Err(refused(piece));
+        }
+        let unreadable = "reading what this process has mapped";
+        let mut any = false;
+        for vma in maps::open_own().map_err(Error::io(unreadable))?.vmas() {
+            let vma = vma.map_err(Error::io(unreadable))?;
+            let within = |&&(start, end): &&(usize, usize)| start < vma.range.end && vma.range.start < end;
+            if let Some(piece) = pieces.as_slice().iter().find(within) {
+                if vma.file != self.core.object.id() {
+                    return Err(refused(piece));
+                }
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
     /// Unmaps what is left of the region.
     fn unmap(&self, local: &Local) -> Result<()> {
+        let mut patience = Patience::new();
         loop {
             let pieces = match local {
                 Local::Owner { .. } => {
@@ -190,6 +233,15 @@ impl Region {
             };
             if pieces.as_slice().is_empty() {
                 return Ok(());
+            }
+            if self.shared.of_client && !self.check_pieces(&pieces)? {
+                // Another thread has unmapped it, and the engine hears of that soon.
+                patience.wait()?;
+                continue;
+            }
+            if self.core.read_only {
+                // No event will tell.
+                return self.unmap_read_only(local, pieces);
             }
             for &(start, end) in pieces.as_slice() {
                 // If it can't be looked at, what lies behind stays: a touch of it is resident bytes or SIGBUS.

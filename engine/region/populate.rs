@@ -7,7 +7,7 @@
 //! background one or several go step by step.
 
 mod background;
-mod replay;
+pub(crate) mod replay;
 mod together;
 
 use std::ops::Range;

@@ -7,9 +7,9 @@ use crossbeam_channel::Receiver;
 
 use super::handles::Request;
 use super::shared::EngineShared;
-use super::threads::{self, contain};
+use super::threads::{self, Role, contain};
 use crate::trace::tell;
-use crate::vmap::core::{Notice, VmapCore};
+use crate::vmap::core::{Caller, Notice, VmapCore};
 use crate::vmap::failure::ReadFailed;
 
 thread_local! {
@@ -20,6 +20,15 @@ thread_local! {
 /// Tells the vmap whose callback runs on this thread.
 pub(crate) fn running() -> Option<u64> {
     RUNNING.get()
+}
+
+/// Says who attaches to a vmap here: whether it may wait for a callback.
+pub(crate) fn caller(shared: &EngineShared, core: &VmapCore) -> Caller {
+    match running() {
+        _ if threads::current_role(shared.id) != Some(Role::Callback) => Caller::Any,
+        Some(vmap) if vmap == core.id => Caller::ItsCallback,
+        _ => Caller::OtherCallback,
+    }
 }
 
 /// Runs callbacks until told to end.

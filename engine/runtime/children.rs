@@ -1,4 +1,4 @@
-//! The engine's half of a fork.
+//! The engine's half of a fork, and of taking in an unrelated process.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -7,23 +7,48 @@ use super::command::{Command, Forked};
 use super::handles::Request;
 use super::shared::EngineShared;
 use crate::process::ledger::Private;
+use crate::publish::outsider::Outsider;
 use crate::space::mmap_vec::MmapVec;
-use crate::space::{AreaRecord, SpaceId};
+use crate::space::{AreaRecord, NO_SPACE, SpaceId};
+use crate::stats::SpaceCounters;
 use crate::{Error, Result};
 
-/// In the engine's process: makes the space of a child of `parent`, and gives its lifeline to the keeper.
+/// In the engine's process: makes the space of a child of `parent`, and gives its lifeline to the keeper. An `outsider` is
+/// one of a process that is not trusted.
 pub(crate) fn fork_space(
     shared: &Arc<EngineShared>,
     parent: SpaceId,
     lifeline: Private<OwnedFd>,
+    outsider: Option<(Arc<SpaceCounters>, Outsider)>,
 ) -> Result<MmapVec<AreaRecord>> {
-    let counters = shared.new_space_counters();
+    let (counters, outsider) = match outsider {
+        Some((counters, outsider)) => (counters, Some(Box::new((outsider, None)))),
+        None => (shared.new_space_counters(), None),
+    };
     let child = Arc::clone(&counters);
     let Forked { records, outcome } =
         shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
     outcome.map_err(Error::sys("making room for a child's areas"))?;
-    shared.keeper.send(Request::Nascent { counters, lifeline });
+    shared.keeper.send(Request::Nascent { counters, lifeline, outsider });
     Ok(records)
+}
+
+/// In the engine's process: makes the space of an unrelated process, which has no areas yet, and gives its lifeline and its
+/// pidfd to the keeper.
+pub(crate) fn new_space(
+    shared: &Arc<EngineShared>,
+    counters: Arc<SpaceCounters>,
+    lifeline: Private<OwnedFd>,
+    outsider: Outsider,
+    pidfd: Private<OwnedFd>,
+) -> Result<()> {
+    let (parent, child) = (NO_SPACE, Arc::clone(&counters));
+    let Forked { outcome, .. } =
+        shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
+    outcome.map_err(Error::sys("making room for a process"))?;
+    let outsider = Some(Box::new((outsider, Some(pidfd))));
+    shared.keeper.send(Request::Nascent { counters, lifeline, outsider });
+    Ok(())
 }
 
 /// In the engine's process: tells the areas that a child of `parent` would inherit, from the `skip`ped on, `most` of

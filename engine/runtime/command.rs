@@ -67,6 +67,53 @@ pub(crate) enum Healed {
     Changing(Place),
 }
 
+/// A foreign space that is to be served.
+pub(crate) struct NewForeign {
+    pub(crate) space: Space,
+    /// For the children that it may fork.
+    pub(crate) spares: MmapVec<Arc<SpaceCounters>>,
+}
+
+/// What is done with pages of a foreign space that are missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bringing {
+    Fill,
+    /// They are made SIGBUS.
+    Poison,
+}
+
+/// Addresses of a foreign space of which pages are to be brought.
+pub(crate) struct Bring {
+    pub(crate) space: SpaceId,
+    pub(crate) addrs: Range<usize>,
+    pub(crate) how: Bringing,
+}
+
+/// How far that came.
+pub(crate) struct Brought {
+    /// All before that is attended to.
+    pub(crate) at: usize,
+    /// Pages that could not be had.
+    pub(crate) failed: u64,
+    /// How often the process has moved memory.
+    pub(crate) moves: u64,
+    pub(crate) halt: Halt,
+}
+
+/// Why it came no further.
+pub(crate) enum Halt {
+    /// It is all.
+    End,
+    /// The fault-handling thread has other things to do.
+    More,
+    /// The address space is changing, or memory is short: to be gone on with in a moment.
+    Changing,
+    /// That page of a vmap has to be read first.
+    Blocked(Arc<VmapCore>, u64),
+    /// The process is gone, or the space was taken out.
+    Gone,
+}
+
 /// A request to the fault-handling thread. It answers without allocating or freeing memory: whatever is to be
 /// dropped goes back in the answer, or is kept alive by the asker.
 pub(crate) enum Command {
@@ -98,6 +145,17 @@ pub(crate) enum Command {
         aside: Option<Arc<Private<Userfault>>>,
         reply: Ticket<Result<(), Errno>>,
     },
+    /// Serves a foreign space; it goes back if that can't be.
+    #[allow(clippy::type_complexity, reason = "what is refused is given back")]
+    TakeForeign { new: NewForeign, reply: Ticket<Result<(), (NewForeign, Errno)>> },
+    /// Gives counters for children that foreign spaces may fork.
+    Spares { spares: MmapVec<Arc<SpaceCounters>> },
+    /// Brings pages of a foreign space, or refuses those that are missing: a few.
+    Bring { bring: Bring, reply: Ticket<Brought> },
+    /// Takes a foreign space out, unless it has moved memory since it had done so that many times, or is changing.
+    Release { space: SpaceId, moves: u64, reply: Ticket<Option<Space>> },
+    /// The process of a foreign space can't be killed for its pages: they are SIGBUS instead, first of all the one at an address.
+    Spare { space: SpaceId, addr: usize },
     /// Takes a space out.
     Remove { space: SpaceId, reply: Ticket<Option<Space>> },
     /// Exchanges the page list of a vmap in every space, wherever an older one is used.
@@ -143,6 +201,10 @@ pub(crate) enum Post {
     Closed(Area<Target>),
     /// A space's process seems to be gone (ESRCH).
     Gone(SpaceId),
+    /// A foreign space has forked: its child's space is there, and this is its userfaultfd.
+    Born { parent: SpaceId, counters: Arc<SpaceCounters>, uffd: Userfault },
+    /// A page of a foreign space can't be had, and its process shall end for it.
+    Fatal { space: SpaceId, addr: usize },
     /// Look an address up: a thread touched it and no event told of it, or something next to it moved.
     Stray(Stray),
     /// Pages could not be read.

@@ -6,6 +6,7 @@ use nix::unistd::Pid;
 use super::crew::HANDLERS_MAX;
 use super::whereabouts;
 use crate::space::SpaceId;
+use crate::space::foreign::is_foreign;
 
 /// Spaces for which one member waits, at the most; the others are left to the owner.
 const SPACES: usize = 8;
@@ -24,7 +25,7 @@ pub(crate) struct Roster {
     /// By processor.
     posts: [Post; HANDLERS_MAX],
     len: usize,
-    /// Everybody waits for every space there is, and there will be.
+    /// Everybody waits for every space there is, and there will be; but for foreign ones, which are the owner's.
     all: bool,
     /// Threads are on one processor that could be on several.
     pub(crate) crowded: bool,
@@ -96,7 +97,7 @@ impl Roster {
 
     /// Tells whether the member at `post` waits for a space.
     pub(crate) fn waits_at(&self, post: usize, space: SpaceId) -> bool {
-        let Some(post) = self.posts().get(post) else { return false };
+        let Some(post) = self.posts().get(post).filter(|_| !is_foreign(space)) else { return false };
         self.all || post.spaces[..post.len].contains(&space)
     }
 

@@ -19,12 +19,13 @@ use super::handles::{self, Request};
 use super::jobs::Jobs;
 use super::keeper::Keeper;
 use super::placement::{Placement, Placer};
-use super::shared::EngineShared;
+use super::shared::{EngineShared, new_engine_id};
 use super::slow::Slow;
 use super::threads::{self, Role, contain};
 use super::watch::Watch;
 use super::workers::{Pool, Roll, WORKERS_MAX};
 use super::{background, callbacks, crew_member, level, workers};
+use crate::adopt;
 use crate::fork;
 use crate::fork::link::Local;
 use crate::inthread::{self, Delivery};
@@ -33,6 +34,7 @@ use crate::process::ledger::Private;
 use crate::process::open_pidfd;
 use crate::snapshot::{Snapshot, View};
 use crate::space::OWN_SPACE;
+use crate::space::foreign::is_foreign;
 use crate::stats::latency::FaultLatency;
 use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
@@ -75,7 +77,7 @@ pub struct Engine {
 pub enum Shutdown {
     /// Later touches of them are SIGBUS.
     Poison,
-    /// They are filled first, of every vmap with areas; those that can't be had are SIGBUS.
+    /// They are filled first, of every vmap with areas, and in every adopted process; those that can't be had are SIGBUS.
     Fill,
 }
 
@@ -263,7 +265,6 @@ impl EngineBuilder {
     /// and forbidden, or with `EMFILE`, `ENOMEM` or `EAGAIN` for want of descriptors, memory or threads. Nothing is
     /// left behind then.
     pub fn build(self) -> Result<Engine> {
-        static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
         self.validate()?;
         let opener = Opener::new(&self.ways);
         let wanted = level::choose(&opener, self.without)?;
@@ -281,7 +282,7 @@ impl EngineBuilder {
             ..SpaceCounters::default()
         });
         let shared = Arc::new(EngineShared {
-            id: NEXT_ENGINE.fetch_add(1, Ordering::Relaxed),
+            id: new_engine_id(),
             opener,
             way,
             features: wanted,
@@ -289,6 +290,7 @@ impl EngineBuilder {
             owner_pidfd: open_pidfd(nix::unistd::getpid().as_raw())?,
             local: RwLock::new(Arc::new(Local::Owner { uffd: Arc::clone(&uffd) })),
             child: AtomicBool::new(false),
+            of_client: false,
             handler: handles::handler_handle(commands, command_inbox.clone(), Arc::clone(&handler_bell)),
             keeper: Arc::clone(&keeper_handle),
             notices: notices.clone(),
@@ -534,7 +536,8 @@ impl Engine {
     /// Shuts the engine down: every attach from now on is refused, every fault that waits is answered.
     ///
     /// Resident pages stay readable and writable in every process, and regions stay attached until they are dropped;
-    /// what is not resident becomes what `how` says. Forked processes are let go: their areas are no longer counted. Those
+    /// what is not resident becomes what `how` says. Adopted processes are served to the same end as long as this process lives.
+    /// Forked processes are let go: their areas are no longer counted. Those
     /// that are forked from now on have none of the engine's memory.
     /// Deref callbacks that became due run before this returns, unless it is called from one.
     ///
@@ -557,7 +560,7 @@ impl Engine {
     ///
     /// `progress` is called on this thread, outside every lock: at the start, after each step of at most 512 pages and
     /// the holes that follow them, the last time with all pages done. It may do what it likes; faults are still answered.
-    /// Vmaps are filled one after the other, the oldest first; a page source that does not return is waited for.
+    /// Vmaps are filled one after the other, the oldest first, then the areas of adopted processes ([`Engine::adopt`]); a page source that does not return is waited for.
     /// If it panics, what is filled by then stays, the engine is shut down with [`Shutdown::Poison`], and the panic goes
     /// on.
     ///
@@ -569,13 +572,23 @@ impl Engine {
         crate::vmap::refuse_nested("a shutdown that fills")?;
         self.begin_shutdown()?;
         let mut attached = self.shared.vmaps.all();
-        attached.retain(|vmap| vmap.refcount() > 0);
+        // What only adopted processes show is brought there.
+        attached.retain(|vmap| vmap.refcount() > 0 && vmap.diverges());
         attached.sort_unstable_by_key(|vmap| vmap.id);
         let filled = catch_unwind(AssertUnwindSafe(|| {
-            fill_all(&self.shared, &attached, |so_far| {
+            let mut here = FillProgress::default();
+            let mut tell = |so_far| {
                 progress(so_far);
                 if self.shared.is_child() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            fill_all(&self.shared, &attached, |so_far| {
+                here = so_far;
+                tell(so_far)
             });
+            if !self.shared.is_child() {
+                // Without an adopted process there is nothing to do. If the threads have ended, none is served.
+                let _ = adopt::fill_all(&self.shared, |there| tell(here.and(there)));
+            }
         }));
         let finished = self.owner_only("a shutdown").map(|()| self.finish_shutdown());
         if let Err(panic) = filled {
@@ -604,6 +617,7 @@ impl Engine {
         // The thread looks whether it is done after each command.
         let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
         let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
+        let has_adopted = self.shared.spaces().iter().any(|space| is_foreign(space.id));
         let mut threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         threads.extend(background);
         if role.is_none() {
@@ -613,13 +627,17 @@ impl Engine {
             let _ = done.recv();
         }
         tell!(INFO, "kiomap::engine", "shut down", engine = self.shared.id, areas_left = own_areas);
-        if own_areas == 0 && role.is_none() && !self.shared.vmaps.is_any_mapped() {
+        if own_areas == 0 && !has_adopted && role.is_none() && !self.shared.vmaps.is_any_mapped() {
             for thread in threads {
                 // A panic of a thread was caught and counted inside.
                 let _ = thread.join();
             }
             workers::join(&self.workers, &self.workers_ended);
         }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<EngineShared> {
+        &self.shared
     }
 
     #[cfg(test)]

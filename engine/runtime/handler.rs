@@ -32,21 +32,25 @@ use super::strays::{Cause, Finding, Held, Lookup, LookupId, Strays, adopt, uncov
 use crate::inthread::Desk;
 use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
+use crate::space::foreign::is_foreign;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::table::{Area, AreaTable, Change};
-use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
+use crate::space::{AreaRecord, NO_SPACE, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::latency::Moment;
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
 
 mod crew;
+mod foreign;
 mod reads;
 
 /// Messages read by one system call.
 const MESSAGES_PER_READ: usize = 64;
 /// Faults held at once; a thread whose fault finds no place is woken and faults again.
 const FAULTS_HELD: usize = 1024;
+/// Of these, how many may be of processes that are not the engine's: they must not take all.
+const FAULTS_HELD_OF_OTHERS: usize = FAULTS_HELD / 2;
 /// Retries of parked faults without a pause; afterwards the pause doubles from 1 ms to [`LONGEST_PAUSE_MS`].
 const EAGER_RETRIES: u32 = 8;
 const LONGEST_PAUSE_MS: u16 = 8;
@@ -64,6 +68,10 @@ pub(crate) struct Handler {
     shared: Arc<EngineShared>,
     keeper: Arc<KeeperHandle>,
     spaces: MmapVec<Space>,
+    /// For children of foreign spaces: without one, no fork is read.
+    spares: MmapVec<Arc<SpaceCounters>>,
+    /// Such children, until all messages are read.
+    born: MmapVec<Space>,
     epoll: Arc<Private<EpollFd>>,
     placer: Placer,
     /// The one space whose faults were answered last: there may be more, which need no wait.
@@ -152,6 +160,7 @@ impl Handler {
             uffd: Some(parts.uffd),
             masks: None,
             aside: None,
+            foreign: None,
             table: AreaTable::new(),
             counters: parts.counters,
             unheard: Mutex::new(None),
@@ -176,6 +185,8 @@ impl Handler {
             shared: parts.shared,
             keeper: parts.keeper,
             spaces,
+            spares: MmapVec::new(),
+            born: MmapVec::new(),
             epoll,
             bell: parts.bell,
             commands: parts.commands,
@@ -383,7 +394,7 @@ impl Handler {
 
     /// Takes a message that a member of the crew has read, or reads what there is.
     fn read_messages(&mut self, id: SpaceId, mut given: Option<Message>) {
-        let Some(index) = self.index_of(id) else { return };
+        let Some(mut index) = self.index_of(id) else { return };
         let is_given = given.is_some();
         if id == OWN_SPACE {
             self.close_desk();
@@ -401,12 +412,20 @@ impl Handler {
                 std::thread::yield_now();
                 return;
             }
-            if !is_given && self.pending.len() + MESSAGES_PER_READ > FAULTS_HELD {
+            let held_at_most = if is_foreign(id) { FAULTS_HELD_OF_OTHERS } else { FAULTS_HELD };
+            if !is_given && self.pending.len() + MESSAGES_PER_READ > held_at_most {
                 return;
             }
-            let Handler { spaces, pending, parked, strays, unsent, shared, resolver, ending, .. } = self;
-            let messages = if self.one_by_one { &mut self.message } else { &mut self.messages };
-            let Space { uffd: Some(uffd), table, counters, .. } = &mut spaces[index] else { return };
+            let at_once = self.forks_to_read(index);
+            if at_once == 0 {
+                // The keeper is about to make room for forks. Until then they wait.
+                std::thread::yield_now();
+                return;
+            }
+            let one_by_one = self.one_by_one || at_once < MESSAGES_PER_READ;
+            let Handler { spaces, pending, parked, strays, unsent, shared, resolver, ending, spares, born, .. } = self;
+            let messages = if one_by_one { &mut self.message } else { &mut self.messages };
+            let Space { uffd: Some(uffd), table, counters, foreign, .. } = &mut spaces[index] else { return };
             // One look at the clock for all that are read together.
             let mut since = None;
             let each = |message| match message {
@@ -439,6 +458,14 @@ impl Handler {
                     }
                 }
                 event => {
+                    let event = match foreign {
+                        Some(foreign) => {
+                            let followed = foreign::follow(event, (id, uffd), foreign, table, spares, born, unsent);
+                            let Some(event) = followed else { return };
+                            event
+                        }
+                        None => event,
+                    };
                     let gone = match event {
                         Message::Unmap { start, end } => start..end,
                         Message::Remap { from, len, .. } => from..from + len,
@@ -446,6 +473,8 @@ impl Handler {
                     };
                     // What the event does not say: whether the old range is left, and where the new one ends.
                     let beside = match event {
+                        // Its memory is no vmap's: there is nothing to be found.
+                        _ if is_foreign(id) => [None, None],
                         Message::Remap { to, len: 0, .. } => [Some((to, Cause::Made)), None],
                         Message::Remap { from, to, len } => {
                             [Some((from, Cause::Left { len })), Some((to + len, Cause::Behind))]
@@ -471,16 +500,17 @@ impl Handler {
                 return given.take().map_or((), each);
             }
             let read = uffd.read(messages, each);
-            match read {
-                Ok(0) | Err(_) => return,
-                Ok(n) => {
-                    add(&shared.counters.reads, 1);
-                    self.one_by_one = n == 1;
-                    if n < MESSAGES_PER_READ {
-                        return;
-                    }
-                }
+            self.enter_born();
+            let Ok(n @ 1..) = read else { return };
+            add(&self.shared.counters.reads, 1);
+            self.one_by_one = n == 1;
+            // A process that is not the engine's must not have others wait.
+            if n < MESSAGES_PER_READ || is_foreign(id) {
+                return;
             }
+            // Those that were born may have come before it.
+            let Some(index_now) = self.index_of(id) else { return };
+            index = index_now;
         }
     }
 
@@ -496,6 +526,7 @@ impl Handler {
             // Members answer missing pages only.
             if !self.crew.members.is_empty()
                 && !fault.minor
+                && !is_foreign(fault.space)
                 && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
             {
                 self.to_call = roster;
@@ -528,7 +559,8 @@ impl Handler {
                     held.retries = held.retries.max(retries);
                     held.starved = held.starved.max(starved);
                     held.failed = held.failed.max(fault.failed);
-                } else if self.parked.len() < FAULTS_HELD {
+                } else if self.parked.len() < if is_foreign(fault.space) { FAULTS_HELD_OF_OTHERS } else { FAULTS_HELD }
+                {
                     // Reserved at the start.
                     let _ = self.parked.try_push(Fault { retries, starved, ..fault });
                 } else if let Some(index) = self.index_of(fault.space) {
@@ -542,6 +574,13 @@ impl Handler {
             Answer::Stray => self.look_up(fault),
             Answer::Unmapped if self.unmapped_unseen(fault.space, fault.addr) => {}
             Answer::Unmapped => self.follow(fault, Answer::Later),
+            // It waits for its end. Without room to ask for that: soon.
+            Answer::Fatal => {
+                let Fault { space, addr, .. } = fault;
+                if self.keeper.try_post(Post::Fatal { space, addr }).is_err() {
+                    self.follow(fault, Answer::Later);
+                }
+            }
         }
     }
 
@@ -704,7 +743,8 @@ impl Handler {
     fn is_empty(&self) -> bool {
         self.leavers == 0
             && !self.shared.is_attaching()
-            && self.spaces.iter().all(|space| space.table.is_empty())
+            // Whatever a foreign one has registered is to be answered, until it is taken out.
+            && self.spaces.iter().all(|space| space.table.is_empty() && space.foreign.is_none())
             && self.unsent.is_empty()
     }
 
@@ -793,6 +833,11 @@ impl Handler {
                 };
                 reply.answer(outcome);
             }
+            Command::TakeForeign { new, reply } => reply.answer(self.take_foreign(new)),
+            Command::Spares { spares } => self.take_spares(spares),
+            Command::Bring { bring, reply } => reply.answer(self.bring(&bring)),
+            Command::Release { space, moves, reply } => reply.answer(self.release(space, moves)),
+            Command::Spare { space, addr } => self.spare(space, addr),
             Command::Remove { space, reply } => reply.answer(self.remove(space)),
             Command::SetList { vmap, contents, reply } => {
                 let targets =
@@ -874,10 +919,13 @@ impl Handler {
         child: Arc<SpaceCounters>,
         records: &mut MmapVec<AreaRecord>,
     ) -> std::result::Result<(), Errno> {
-        let index = self.index_of(parent_id).filter(|_| !self.retired).ok_or(Errno::ESHUTDOWN)?;
-        let mut table = AreaTable::new();
+        let index = self.index_of(parent_id);
+        if self.retired || (index.is_none() && parent_id != NO_SPACE) {
+            return Err(Errno::ESHUTDOWN);
+        }
+        let (mut table, nothing) = (AreaTable::new(), AreaTable::new());
         self.spaces.try_reserve(1)?;
-        let parent = &self.spaces[index].table;
+        let parent = index.map_or(&nothing, |index| &self.spaces[index].table);
         let nr_areas = inherited(parent).count();
         records.try_reserve(nr_areas)?;
         table.try_reserve(nr_areas)?;
@@ -895,6 +943,7 @@ impl Handler {
             uffd: None,
             masks: None,
             aside: None,
+            foreign: None,
             table,
             counters: child,
             unheard: Mutex::new(None),

@@ -1,17 +1,20 @@
 //! How other threads reach the fault-handling thread and the keeper.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, Weak};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 use nix::errno::Errno;
 
 use super::bell::Bell;
 use super::call::{self, Ticket};
-use super::command::{Command, Post};
+use super::command::{Command, NewForeign, Post};
 use super::reads::Subject;
+use crate::adopt::Family;
 use crate::process::ledger::Private;
+use crate::publish::outsider::{Outsider, Publication};
+use crate::space::SpaceId;
 use crate::stats::SpaceCounters;
 use crate::{Error, Result};
 
@@ -68,9 +71,21 @@ pub(crate) fn handler_handle(commands: Sender<Command>, unheard: Receiver<Comman
 }
 
 /// What other threads of the engine's process ask of the keeper.
+#[allow(clippy::large_enum_variant, reason = "they are few, and taken out at once")]
 pub(crate) enum Request {
-    /// A child is about to be forked; this is the engine's end of its lifeline.
-    Nascent { counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd> },
+    /// A process has handed its userfaultfd over: it is to be served, and watched by its pidfd if there is one.
+    Adopt { new: NewForeign, family: Arc<Family>, pidfd: Option<OwnedFd>, reply: Ticket<Result<()>> },
+    /// An adopted process is to be let go, unless it has moved memory since it had done so that many times; answers whether it was.
+    Release { space: SpaceId, moves: u64, reply: Ticket<bool> },
+    /// A child is about to be forked, or an unrelated process to be served, whose pidfd comes along; this is the engine's end of
+    /// its lifeline.
+    Nascent {
+        counters: Arc<SpaceCounters>,
+        lifeline: Private<OwnedFd>,
+        outsider: Option<Box<(Outsider, Option<Private<OwnedFd>>)>>,
+    },
+    /// A vmap is published; the listening is to end with the engine.
+    Published { publication: Weak<Publication> },
     /// A deref callback has run: attaches that waited for it may go on.
     RetryDeferred,
     /// Answers when every post before it is counted.

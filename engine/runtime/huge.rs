@@ -92,6 +92,19 @@ impl HugeSizes {
         self.0.iter_mut().flatten().find(|memory| memory.page == page)
     }
 
+    /// Where a page of a size is composed.
+    pub(super) fn buffer(&mut self, page: PageSize) -> Option<&mut [u8]> {
+        self.of(page).map(|memory| &mut *memory.bounce)
+    }
+
+    /// Where a page of a size lies that comes from a source.
+    pub(super) fn src(&mut self, page: PageSize, source: Source) -> Option<*const u8> {
+        match source {
+            Source::Memory(src) | Source::Read(src) => Some(src),
+            Source::Zeros | Source::Held => self.of(page).map(|memory| memory.zeros.as_ptr()),
+        }
+    }
+
     /// Lends a buffer for a page of a size, if one is free.
     pub(super) fn lend(&mut self, page: PageSize, nr_late: usize) -> Option<ReadBuffer> {
         self.of(page)?.lend(nr_late)
@@ -143,6 +156,20 @@ fn try_read(list: &Kiobuf, pages: Range<u64>, buf: &mut [u8]) -> TryRead {
     TryRead::Done
 }
 
+/// Decides about the huge page that begins with page `first` of a list.
+pub(super) fn plan_huge(list: &Kiobuf, page: PageSize, first: u64) -> Plan {
+    let after = first + page.base_pages();
+    let end = after.min(list.nr_pages());
+    match list.nopage(first) {
+        Nopage::Sigbus(_) => Plan::Sigbus,
+        Nopage::Direct { src, run } if run.end >= after => {
+            Plan::Copy { pages: first..end, src: src.wrapping_add(bytes_of(run.start, &(run.start..first)).end) }
+        }
+        Nopage::Zero { run } if run.end >= end => Plan::Zero { pages: first..end },
+        _ => Plan::Read { run: first..end },
+    }
+}
+
 impl Resolver {
     /// Keeps memory for huge pages, unless there is some of the size already: it goes back then, to be freed elsewhere.
     pub(super) fn take_huge(&mut self, memory: HugeMemory) -> Option<HugeMemory> {
@@ -166,17 +193,7 @@ impl Resolver {
         let page = area.target.page;
         let fault = &Fault { addr: page.floor(fault.addr), ..*fault };
         let first = area.pgoff_of(fault.addr);
-        let list = &area.target.list;
-        let after = first + page.base_pages();
-        let pages = first..after.min(list.nr_pages());
-        let plan = match list.nopage(first) {
-            Nopage::Sigbus(_) => Plan::Sigbus,
-            Nopage::Direct { src, run } if run.end >= after => {
-                Plan::Copy { pages, src: src.wrapping_add(bytes_of(run.start, &(run.start..first)).end) }
-            }
-            Nopage::Zero { run } if run.end >= pages.end => Plan::Zero { pages },
-            _ => Plan::Read { run: pages },
-        };
+        let plan = plan_huge(&area.target.list, page, first);
         if fault.retries == 0 {
             plan.count(&self.shared.counters, area, first, fault.write);
         }
@@ -260,12 +277,8 @@ impl Resolver {
         source: Source,
     ) -> Answer {
         let page = area.target.page;
-        let src = match source {
-            Source::Memory(src) | Source::Read(src) => src,
-            Source::Zeros | Source::Held => match self.huge.of(page) {
-                Some(memory) => memory.zeros.as_ptr(),
-                None => return self.poison_huge(space, uffd, page, fault),
-            },
+        let Some(src) = self.huge.src(page, source) else {
+            return self.poison_huge(space, uffd, page, fault);
         };
         // SAFETY: a whole huge page lies at `src`, in the list or in a buffer; the destination is a page of an area of this
         // engine, in which no thread holds a reference to what is missing.

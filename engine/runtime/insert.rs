@@ -38,6 +38,7 @@ pub(crate) enum Inserted {
 /// [`Error::AddressTaken`] when the table has the range as another area's; [`Error::Shutdown`]; [`Error::Sys`].
 pub(crate) fn insert(shared: &EngineShared, space: SpaceId, vmap: &Arc<VmapCore>, new: NewArea) -> Result<Inserted> {
     let NewArea { start, end, pgoff, region, writable, inherit } = new;
+    vmap.set_diverging();
     let Contents { list, window, generation, kept_since } = vmap.contents();
     let (page, list, window, streams) = (vmap.page(), list.clone(), window.clone(), Streams::default());
     let target = Target { vmap: Arc::clone(vmap), list, window, generation, kept_since, page, inherit, streams };

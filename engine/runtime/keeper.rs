@@ -4,9 +4,9 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -24,19 +24,26 @@ use super::shared::EngineShared;
 use super::strays::{Finding, find};
 use super::threads;
 use super::workers::Pool;
+use crate::adopt::Family;
+use crate::fork::new_lifeline;
 use crate::fork::records::write_records;
-use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Reply};
+use crate::fork::wire::{self, AREAS_PER_ANSWER, Ask, Failed as NotReceived, Reply};
 use crate::page::{is_aligned, page_size};
 use crate::process::ledger::{self, Private};
 use crate::process::maps::{self, Maps};
 use crate::process::pid_of;
+use crate::publish::outsider::{Misdeed, Outsider, Publication, ReadOnlyRegion};
+use crate::publish::{discard_of, tell_shed};
+use crate::space::foreign::is_foreign;
 use crate::space::table::Area;
-use crate::space::{AreaRecord, OWN_SPACE, SpaceId, Target};
+use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
-use crate::sys::{Liveness, Userfault};
+use crate::sys::{Features, Liveness, Userfault};
 use crate::trace::tell;
-use crate::vmap::core::{Caller, Notice, Opened};
+use crate::vmap::core::{Caller, Notice, Opened, VmapCore};
 use crate::{Error, Result};
+
+mod adopted;
 
 const BELL_TOKEN: u64 = u64::MAX;
 /// A child that closed its lifeline itself is looked at this often: nothing tells when it execs.
@@ -47,8 +54,10 @@ const EAGER_LOOKS: usize = 100;
 const LOOK_PAUSE_MS: u16 = 1;
 /// Rounds of news after which a question whether all is counted is answered, even if more news keep coming.
 const SETTLING_ROUNDS: usize = 1000;
+/// Messages of a process that is not trusted that are heard before others are.
+const HEARD_AT_ONCE: usize = 16;
 
-/// A forked process.
+/// A forked process, or an adopted one.
 struct Peer {
     counters: Arc<SpaceCounters>,
     /// `None` when the child closed it itself but lives.
@@ -61,8 +70,55 @@ struct Peer {
     aside: Option<Arc<Private<Userfault>>>,
     /// From its greeting.
     uffd: Option<Arc<Private<Userfault>>>,
-    /// Nothing will tell of its end: it closed its lifeline, or it exited and left its address space to a clone.
+    /// Nothing will tell of its end: it closed its lifeline, it exited and left its address space to a clone, or it is an adopted
+    /// process without a pidfd.
     orphan: bool,
+    /// It is not trusted.
+    outsider: Option<Box<Outsider>>,
+    /// Of an adopted process: itself, and those that were forked from it.
+    family: Option<Arc<Family>>,
+}
+
+impl Peer {
+    /// One of which nothing is known yet but its counters.
+    fn new(counters: Arc<SpaceCounters>) -> Peer {
+        Peer {
+            counters,
+            lifeline: None,
+            pidfd: None,
+            masks: None,
+            aside: None,
+            uffd: None,
+            orphan: false,
+            outsider: None,
+            family: None,
+        }
+    }
+
+    /// Tells whether it is still to greet, within a certain time.
+    fn is_awaited(&self) -> bool {
+        self.uffd.is_none() && self.outsider.as_ref().is_some_and(|outsider| outsider.due.is_some())
+    }
+
+    /// Tells whether a message may be acted on.
+    fn check(&self, ask: &Ask, descriptor: Option<&OwnedFd>) -> std::result::Result<(), Misdeed> {
+        let Some(outsider) = &self.outsider else { return Ok(()) };
+        outsider.check(ask, descriptor, self.uffd.is_some(), self.counters.areas.load(Ordering::Relaxed))
+    }
+}
+
+/// Takes the userfaultfd of a process that is not trusted.
+fn distrusted(uffd: Private<Userfault>, features: Features) -> std::result::Result<Private<Userfault>, Misdeed> {
+    let mut checked = Ok(());
+    let uffd = uffd.map(|mut uffd| {
+        checked = uffd.distrust();
+        uffd
+    });
+    checked.map_err(Misdeed::Userfault)?;
+    match uffd.features().map_err(Misdeed::Userfault)? {
+        theirs if theirs == features => Ok(uffd),
+        theirs => Err(Misdeed::Features(theirs)),
+    }
 }
 
 /// The keeper's state.
@@ -79,8 +135,12 @@ pub(crate) struct Keeper {
     later: Vec<Stray>,
     /// Userfaultfds of departed processes by which somebody may be waking a thread.
     departed: Vec<Arc<Private<Userfault>>>,
+    /// Counters that the fault-handling thread is to get for children of adopted processes.
+    spares_owed: usize,
     /// Who waits for everything up to now to be counted.
     settling: Vec<Ticket<()>>,
+    /// What listens for unrelated processes.
+    publications: Vec<Weak<Publication>>,
     ended: bool,
 }
 
@@ -90,6 +150,12 @@ fn lifeline_token(space: SpaceId) -> u64 {
 
 fn pidfd_token(space: SpaceId) -> u64 {
     space * 2 + 1
+}
+
+/// Watches a descriptor no more. Closing it would not do: what it stands for may be open elsewhere too, in the process that sent
+/// it, and would be reported for ever.
+fn ignore(epoll: &EpollFd, fd: &Private<OwnedFd>) {
+    let _ = epoll.0.delete(&**fd);
 }
 
 impl Keeper {
@@ -109,7 +175,9 @@ impl Keeper {
             deferred: Vec::new(),
             later: Vec::new(),
             departed: Vec::new(),
+            spares_owed: 0,
             settling: Vec::new(),
+            publications: Vec::new(),
             ended: false,
         })
     }
@@ -126,7 +194,7 @@ impl Keeper {
         self.inbox.bell.ring();
         let mut looked = Instant::now();
         while !self.ended {
-            let orphans = self.peers.values().any(|peer| peer.orphan);
+            let orphans = self.peers.values().any(|peer| peer.orphan || peer.is_awaited());
             self.attend(match (self.later.is_empty(), orphans) {
                 (false, _) => EpollTimeout::from(LOOK_PAUSE_MS),
                 (true, true) => EpollTimeout::from(ORPHAN_LOOK_MS),
@@ -138,6 +206,7 @@ impl Keeper {
             }
             if orphans && looked.elapsed() >= Duration::from_millis(ORPHAN_LOOK_MS.into()) {
                 looked = Instant::now();
+                self.shed_silent();
                 let orphans: Vec<_> =
                     self.peers.iter().filter(|(_, peer)| peer.orphan).map(|(&space, _)| space).collect();
                 orphans.into_iter().for_each(|space| self.look_after(space));
@@ -202,6 +271,8 @@ impl Keeper {
                 Post::Stray(stray) => self.look_up(stray),
                 // If something is, the thread asks again when it is told of an unmap.
                 Post::Failed(failed) => self.note_failed(failed),
+                Post::Born { parent, counters, uffd } => self.take_born(parent, counters, uffd),
+                Post::Fatal { space, addr } => self.kill(space, addr),
                 Post::Empty if self.shared.vmaps.is_any_mapped() => {}
                 Post::Empty => self.shared.handler.send(Command::End),
                 Post::HandlerEnded => self.ended = true,
@@ -236,10 +307,17 @@ impl Keeper {
         threads::contain(&self.shared, || drop(area));
     }
 
+    /// Tells whether a process is not trusted. Its files in `/proc` are not read: it can have that wait for as long as it likes, by
+    /// an exec that takes its time.
+    fn is_outsider(&self, space: SpaceId) -> bool {
+        self.peers.get(&space).is_some_and(|peer| peer.outsider.is_some())
+    }
+
     /// Looks an address up at which nobody waits; what is there is in the table when this returns, unless the space is
     /// changing.
     fn probe(&self, space: SpaceId, addr: usize) -> Result<Reply> {
         if is_aligned(addr)
+            && !self.is_outsider(space)
             && let Some(lookup) = self.shared.handler.ask(|reply| Command::Probe { space, addr, reply })?
             && let Err(Changing) = self.tell(Stray { space, addr, lookup })?
         {
@@ -287,6 +365,9 @@ impl Keeper {
 
     /// Looks an address up in the kernel's own table of a process.
     fn find(&self, space: SpaceId, addr: usize) -> Finding {
+        if self.is_outsider(space) {
+            return Finding::Foreign;
+        }
         // What can't be opened belongs to another user, or there is no descriptor left: nobody knows what it is.
         let Some(maps) = self.open_maps(space, maps::open_own, maps::open) else { return Finding::Foreign };
         let details = || self.open_maps(space, maps::open_own_details, maps::open_details);
@@ -312,12 +393,17 @@ impl Keeper {
     fn obey_requests(&mut self) {
         while let Ok(request) = self.inbox.requests.try_recv() {
             match request {
-                Request::Nascent { counters, lifeline } => self.admit(counters, lifeline),
+                Request::Nascent { counters, lifeline, outsider } => self.admit(counters, lifeline, outsider),
+                Request::Published { publication } => self.enter_publication(publication),
                 Request::RetryDeferred => self.retry_deferred(),
                 subject @ Request::Drop { .. } => drop(threads::contain(&self.shared, || drop(subject))),
                 Request::Settle { reply } => self.settling.push(reply),
+                Request::Adopt { new, family, pidfd, reply } => reply.answer(self.adopt(new, family, pidfd)),
+                Request::Release { space, moves, reply } => reply.answer(self.release(space, moves)),
                 Request::DropPeers { reply } => {
-                    let spaces: Vec<_> = self.peers.keys().copied().collect();
+                    self.publications.drain(..).filter_map(|one| one.upgrade()).for_each(|one| one.stop());
+                    // No guard is in adopted processes: the fault-handling thread goes on to answer them.
+                    let spaces: Vec<_> = self.peers.keys().copied().filter(|&space| !is_foreign(space)).collect();
                     spaces.into_iter().for_each(|space| self.part_with(space));
                     if let Some(reply) = reply {
                         reply.answer(());
@@ -327,46 +413,89 @@ impl Keeper {
         }
     }
 
-    /// Takes a child-to-be in.
-    fn admit(&mut self, counters: Arc<SpaceCounters>, lifeline: Private<OwnedFd>) {
+    /// Notes that a publication is to end with the engine.
+    fn enter_publication(&mut self, publication: Weak<Publication>) {
+        self.publications.retain(|one| one.strong_count() > 0);
+        if !self.shared.retired.load(Ordering::SeqCst) {
+            self.publications.push(publication);
+        } else if let Some(publication) = publication.upgrade() {
+            publication.stop();
+        }
+    }
+
+    /// Takes a child-to-be in, or an unrelated process.
+    fn admit(
+        &mut self,
+        counters: Arc<SpaceCounters>,
+        lifeline: Private<OwnedFd>,
+        outsider: Option<Box<(Outsider, Option<Private<OwnedFd>>)>>,
+    ) {
         let space = counters.id;
         let watched = self.epoll.0.add(&*lifeline, EpollEvent::new(EpollFlags::EPOLLIN, lifeline_token(space)));
         self.shared.spaces_push(Arc::clone(&counters));
-        self.peers.insert(
-            space,
-            Peer {
-                counters,
-                lifeline: Some(lifeline),
-                pidfd: None,
-                masks: None,
-                aside: None,
-                uffd: None,
-                orphan: false,
-            },
-        );
+        let (outsider, pidfd) = outsider.map_or((None, None), |both| (Some(Box::new(both.0)), both.1));
+        self.peers.insert(space, Peer { lifeline: Some(lifeline), outsider, ..Peer::new(counters) });
+        if pidfd.is_some() {
+            self.watch(space, pidfd);
+        }
         if watched.is_err() || self.shared.retired.load(Ordering::SeqCst) {
             // Its end would never be noticed, or the others were let go already. It is told by its lifeline.
             self.part_with(space);
         }
     }
 
-    /// Reads what a child says, to the end.
+    /// Reads what a process says, to the end; of one that is not trusted, some of it.
     fn listen(&mut self, space: SpaceId) {
-        loop {
-            let Some(Peer { lifeline: Some(lifeline), .. }) = self.peers.get(&space) else { return };
+        for heard in 0.. {
+            let Some(peer @ Peer { lifeline: Some(lifeline), outsider, .. }) = self.peers.get(&space) else { return };
+            if outsider.is_some() && heard == HEARD_AT_ONCE {
+                return;
+            }
             // Received under the ledger's lock, so that no child is forked while a new descriptor isn't entered.
             let mut ledger = ledger::lock();
-            let received = wire::receive_ask(lifeline.as_fd())
-                .map(|message| message.map(|(ask, fd)| (ask, fd.map(|fd| ledger.adopt(fd)))));
+            let received = match wire::receive_ask(lifeline.as_fd()) {
+                Ok(Some((ask, descriptor))) => match peer.check(&ask, descriptor.as_ref()) {
+                    Ok(()) => Ok(Some((ask, descriptor.map(|fd| ledger.adopt(fd))))),
+                    Err(misdeed) => {
+                        if let Some(descriptor) = descriptor {
+                            discard_of(descriptor, outsider.as_ref().map(|outsider| Arc::clone(&outsider.place)));
+                        }
+                        Err(misdeed)
+                    }
+                },
+                Ok(None) => Ok(None),
+                Err(NotReceived::Sys(Errno::EAGAIN)) => return,
+                Err(NotReceived::Sys(_)) => Ok(None),
+                Err(NotReceived::Frame(fault)) => Err(fault.into()),
+            };
             drop(ledger);
             match received {
                 Ok(Some((ask, descriptor))) => self.serve(space, ask, descriptor),
                 Ok(None) => return self.hung_up(space),
-                Err(Errno::EAGAIN) => return,
                 // Not our protocol: no such child of ours. Its guard answers its faults from now on.
-                Err(_) => return self.part_with(space),
+                Err(misdeed) => return self.shed(space, misdeed),
             }
         }
+    }
+
+    /// Cuts a process off, and tells why if it is an unrelated one.
+    fn shed(&mut self, space: SpaceId, misdeed: Misdeed) {
+        if let Some(Peer { outsider: Some(outsider), counters, .. }) = self.peers.get(&space) {
+            let pid = counters.pid.load(Ordering::Relaxed);
+            tell_shed(&self.shared, outsider.place.publication.vmap, pid, misdeed);
+        }
+        self.part_with(space);
+    }
+
+    /// Cuts off who was to greet by now.
+    fn shed_silent(&mut self) {
+        let now = Instant::now();
+        let is_late = |peer: &Peer| {
+            peer.is_awaited()
+                && peer.outsider.as_ref().is_some_and(|outsider| outsider.due.is_some_and(|due| due <= now))
+        };
+        let late: Vec<_> = self.peers.iter().filter(|(_, peer)| is_late(peer)).map(|(&space, _)| space).collect();
+        late.into_iter().for_each(|space| self.shed(space, Misdeed::Silent));
     }
 
     fn serve(&mut self, space: SpaceId, ask: Ask, descriptor: Option<Private<OwnedFd>>) {
@@ -385,42 +514,57 @@ impl Keeper {
                 return;
             }
             Ask::Hello { pid, errno, nr_unlocked } => {
-                add(&self.shared.counters.lock_downgrades, nr_unlocked);
+                let areas = self.peers.get(&space).map_or(0, |peer| peer.counters.areas.load(Ordering::Relaxed));
+                add(&self.shared.counters.lock_downgrades, nr_unlocked.min(areas));
                 return self.introduce(space, pid, errno, descriptor);
             }
             Ask::Unmapped { addr } => return self.unmapped(space, addr as usize),
             Ask::Attach(record) => match self.attach(space, &record) {
-                Ok(Some(reply)) => Ok((reply, None)),
-                Ok(None) => {
-                    self.deferred.push((space, record));
-                    return;
+                Ok(Some(reply)) => Ok(reply),
+                Ok(None) => return self.defer(space, record),
+                Err(error) => Err(error),
+            },
+            Ask::Pieces { region } if self.is_read_only(space) => Ok(self.read_only_pieces(space, region)),
+            Ask::Detached { region } => {
+                self.detach_read_only(space, region);
+                Ok(Reply::Done)
+            }
+            Ask::Bye => match self.is_empty(space) {
+                Ok(true) => {
+                    self.reply(space, Reply::Done, None);
+                    return self.part_with(space);
+                }
+                Ok(false) => Err(Error::sys("the end of a connection")(Errno::EBUSY)),
+                Err(error) => Err(error),
+            },
+            Ask::Pieces { region } => {
+                self.shared.handler.ask(|reply| Command::Pieces { space, region, reply }).map(Reply::Pieces)
+            }
+            Ask::LookUp { addr } => self.probe(space, addr as usize),
+            Ask::Sync => self.sync().map(|()| Reply::Done),
+            Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
+                Some(core) => Ok(Reply::Count(core.refcount() as u64)),
+                None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
+            },
+            Ask::Inherited { skip } => self.inherited(space, skip),
+            Ask::Taken { start, end } => self.cut(space, start as usize, end as usize),
+            Ask::Fork => match self.fork(space) {
+                Ok((memfd, lifeline)) => {
+                    self.reply(space, Reply::Forked, Some(memfd.as_fd()));
+                    return self.reply(space, Reply::Lifeline, Some(lifeline.as_fd()));
                 }
                 Err(error) => Err(error),
             },
-            Ask::Pieces { region } => self
-                .shared
-                .handler
-                .ask(|reply| Command::Pieces { space, region, reply })
-                .map(|pieces| (Reply::Pieces(pieces), None)),
-            Ask::LookUp { addr } => self.probe(space, addr as usize).map(|reply| (reply, None)),
-            Ask::Sync => self.sync().map(|()| (Reply::Done, None)),
-            Ask::Refcount { vmap } => match self.shared.vmaps.find(vmap) {
-                Some(core) => Ok((Reply::Count(core.refcount() as u64), None)),
-                None => Err(Error::Invalid { what: "a vmap's id", value: vmap, rule: "it must exist" }),
-            },
-            Ask::Inherited { skip } => self.inherited(space, skip).map(|reply| (reply, None)),
-            Ask::Taken { start, end } => self.cut(space, start as usize, end as usize).map(|reply| (reply, None)),
-            Ask::Fork => self.fork(space, descriptor).map(|memfd| (Reply::Forked, Some(memfd))),
         };
-        let (reply, descriptor) = reply.unwrap_or_else(|error| (Reply::Refused(error.errno()), None));
-        self.reply(space, reply, descriptor.as_ref());
+        let reply = reply.unwrap_or_else(|error| Reply::Refused(error.errno() as i32));
+        self.reply(space, reply, None);
     }
 
-    fn reply(&mut self, space: SpaceId, reply: Reply, descriptor: Option<&OwnedFd>) {
+    fn reply(&mut self, space: SpaceId, reply: Reply, descriptor: Option<BorrowedFd<'_>>) {
         let Some(Peer { lifeline: Some(lifeline), .. }) = self.peers.get(&space) else { return };
-        if let Err(Errno::EAGAIN) = wire::send_reply(lifeline.as_fd(), reply, descriptor.map(AsFd::as_fd)) {
+        if let Err(Errno::EAGAIN) = wire::send_reply(lifeline.as_fd(), reply, descriptor) {
             // It asks and does not listen. Nobody waits for that.
-            self.part_with(space);
+            self.shed(space, Misdeed::Deaf);
         }
         // Any other error is its hang-up, which epoll reports.
     }
@@ -431,12 +575,23 @@ impl Keeper {
         let known_here = peer.pidfd.as_ref().and_then(|pidfd| pid_of(pidfd.as_fd()));
         peer.counters.pid.store(known_here.unwrap_or(pid), Ordering::Relaxed);
         let complete = peer.pidfd.is_some() && (self.shared.poisons() || peer.masks.is_some());
+        if !complete && errno == 0 && peer.outsider.is_some() {
+            return self.shed(space, Misdeed::Untimely);
+        }
         let (Some(uffd), true, 0) = (descriptor, complete, errno) else {
             // The child could not map its areas: it has none.
             tell!(WARN, "kiomap::process", "has no regions", engine = self.shared.id, pid = pid, errno = errno);
             return self.part_with(space);
         };
-        let uffd = Arc::new(uffd.map(Userfault::from));
+        let uffd = uffd.map(Userfault::from);
+        let uffd = match &peer.outsider {
+            None => uffd,
+            Some(_) => match distrusted(uffd, self.shared.child_features()) {
+                Ok(uffd) => uffd,
+                Err(misdeed) => return self.shed(space, misdeed),
+            },
+        };
+        let uffd = Arc::new(uffd);
         let (masks, aside) = (peer.masks.clone(), peer.aside.clone());
         let handed_over = uffd.set_nonblocking_cloexec().and_then(|()| {
             let uffd = Arc::clone(&uffd);
@@ -453,8 +608,11 @@ impl Keeper {
         }
     }
 
-    /// Watches a child's pidfd.
+    /// Watches a child's pidfd. It has one: a second would take the place of one that is watched.
     fn watch(&mut self, space: SpaceId, descriptor: Option<Private<OwnedFd>>) {
+        if self.peers.get(&space).is_some_and(|peer| peer.pidfd.is_some()) {
+            return self.shed(space, Misdeed::Untimely);
+        }
         let (Some(peer), Some(pidfd)) = (self.peers.get_mut(&space), descriptor) else { return };
         let watched = self.epoll.0.add(&*pidfd, EpollEvent::new(EpollFlags::EPOLLIN, pidfd_token(space)));
         // Without it the greeting is refused.
@@ -475,7 +633,7 @@ impl Keeper {
 
     /// Attaches an area that a child has mapped; `None` when a callback must run before. A child whose address space is
     /// changing is told to ask again: to wait for it here would be to let all others wait.
-    fn attach(&self, space: SpaceId, record: &AreaRecord) -> Result<Option<Reply>> {
+    fn attach(&mut self, space: SpaceId, record: &AreaRecord) -> Result<Option<Reply>> {
         let (start, len) = (record.start as usize, record.len as usize);
         let end = start.checked_add(len).filter(|_| len > 0 && is_aligned(start) && is_aligned(len));
         let last = record.pgoff.checked_add((len / page_size()) as u64);
@@ -484,7 +642,20 @@ impl Keeper {
         };
         let vmap = self.shared.vmaps.find(record.vmap);
         let vmap = vmap.ok_or(Error::Invalid { what: "a vmap's id", value: record.vmap, rule: "it must exist" })?;
+        if vmap.page().is_huge() {
+            let size = vmap.page().bytes() as u64;
+            if [record.start, record.len].iter().any(|value| !value.is_multiple_of(size)) {
+                return Err(Error::Misaligned { what: "an area's range", value: record.start, multiple: size });
+            }
+            vmap.page().check_multiple("pgoff", record.pgoff, page_size())?;
+        }
         let Opened::Counted { first } = vmap.try_open(Caller::Any, false)? else { return Ok(None) };
+        if self.is_read_only(space) {
+            if first {
+                vmap.transition_done();
+            }
+            return Ok(Some(self.attach_read_only(space, record, vmap, first)));
+        }
         let inherit = record.flags & AreaRecord::INHERIT != 0;
         let area =
             NewArea { start, end, pgoff: record.pgoff, region: record.region, writable: record.is_writable(), inherit };
@@ -505,31 +676,94 @@ impl Keeper {
         })
     }
 
+    /// Puts an attach off until a callback has run.
+    fn defer(&mut self, space: SpaceId, record: AreaRecord) {
+        if let Some(Peer { outsider: Some(outsider), .. }) = self.peers.get_mut(&space) {
+            outsider.is_waiting = true;
+        }
+        self.deferred.push((space, record));
+    }
+
+    /// Tells whether a process may read only: its regions are mapped without the engine.
+    fn is_read_only(&self, space: SpaceId) -> bool {
+        let outsider = self.peers.get(&space).and_then(|peer| peer.outsider.as_ref());
+        outsider.is_some_and(|outsider| outsider.read_only)
+    }
+
+    /// Enters a region of a process that may read only, which was counted.
+    fn attach_read_only(&mut self, space: SpaceId, record: &AreaRecord, vmap: Arc<VmapCore>, first: bool) -> Reply {
+        let range = (record.start as usize, (record.start + record.len) as usize);
+        if let Some(Peer { outsider: Some(outsider), .. }) = self.peers.get_mut(&space)
+            && let Some(before) = outsider.regions.insert(record.region, ReadOnlyRegion { range, vmap })
+        {
+            before.vmap.close(1);
+        }
+        Reply::Attached { first }
+    }
+
+    fn read_only_pieces(&self, space: SpaceId, region: u64) -> Reply {
+        let outsider = self.peers.get(&space).and_then(|peer| peer.outsider.as_ref());
+        let mut pieces = Pieces::default();
+        if let Some(ReadOnlyRegion { range, .. }) = outsider.and_then(|outsider| outsider.regions.get(&region)) {
+            pieces.push(range.0, range.1);
+        }
+        Reply::Pieces(pieces)
+    }
+
+    fn detach_read_only(&mut self, space: SpaceId, region: u64) {
+        if let Some(Peer { outsider: Some(outsider), .. }) = self.peers.get_mut(&space)
+            && let Some(ReadOnlyRegion { vmap, .. }) = outsider.regions.remove(&region)
+        {
+            vmap.close(1);
+            threads::contain(&self.shared, || drop(vmap));
+        }
+    }
+
+    /// Tells whether a process has no area.
+    fn is_empty(&mut self, space: SpaceId) -> Result<bool> {
+        self.sync()?;
+        let Some(peer) = self.peers.get(&space) else { return Ok(true) };
+        let regions = peer.outsider.as_ref().map_or(0, |outsider| outsider.regions.len());
+        Ok(regions == 0 && peer.counters.areas.load(Ordering::Relaxed) == 0)
+    }
+
     fn retry_deferred(&mut self) {
         for (space, record) in std::mem::take(&mut self.deferred) {
-            if !self.peers.contains_key(&space) {
-                continue;
+            let Some(peer) = self.peers.get_mut(&space) else { continue };
+            if let Some(outsider) = &mut peer.outsider {
+                outsider.is_waiting = false;
             }
             match self.attach(space, &record) {
-                Ok(None) => self.deferred.push((space, record)),
+                Ok(None) => self.defer(space, record),
                 Ok(Some(reply)) => self.reply(space, reply, None),
-                Err(error) => self.reply(space, Reply::Refused(error.errno()), None),
+                Err(error) => self.reply(space, Reply::Refused(error.errno() as i32), None),
             }
         }
     }
 
     /// A child forks: makes the grandchild's space, and tells the child what it will have to map.
-    fn fork(&mut self, parent: SpaceId, descriptor: Option<Private<OwnedFd>>) -> Result<OwnedFd> {
-        let lifeline = descriptor.ok_or(Error::Invalid {
-            what: "a fork's descriptors",
-            value: 0,
-            rule: "one lifeline must come along",
-        })?;
+    /// Answers with the file of that, and the grandchild's end of its lifeline.
+    fn fork(&mut self, parent: SpaceId) -> Result<(OwnedFd, Private<OwnedFd>)> {
+        let (lifeline, child_end) = {
+            // No child that is forked meanwhile has either: it would hide the hang-up.
+            let mut ledger = ledger::lock();
+            let (engine_end, child_end) = new_lifeline()?;
+            (ledger.adopt(engine_end), ledger.adopt(child_end))
+        };
         // The lifeline reaches this thread as a request; it is admitted before the next message is served, because
         // requests are obeyed at the bell and the grandchild greets only after this answer.
-        let records = fork_space(&self.shared, parent, lifeline)?;
+        let outsider = match self.peers.get(&parent).and_then(|peer| peer.outsider.as_ref()) {
+            Some(outsider) => {
+                let counters = self.shared.new_space_counters();
+                let place = outsider.place.publication.admit(&counters);
+                let place = place.ok_or(Error::sys("a place for one more process")(Errno::EAGAIN))?;
+                Some((counters, outsider.forked(place)))
+            }
+            None => None,
+        };
+        let records = fork_space(&self.shared, parent, lifeline, outsider)?;
         self.obey_requests();
-        write_records(&records)
+        Ok((write_records(&records)?, child_end))
     }
 
     /// Tells a child some of the areas that a child of it would inherit.
@@ -555,7 +789,9 @@ impl Keeper {
     /// descriptor that it did not know.
     fn hung_up(&mut self, space: SpaceId) {
         if let Some(peer) = self.peers.get_mut(&space) {
-            peer.lifeline = None;
+            if let Some(lifeline) = peer.lifeline.take() {
+                ignore(&self.epoll, &lifeline);
+            }
             peer.orphan = true;
             self.look_after(space);
         }
@@ -565,7 +801,7 @@ impl Keeper {
     fn exited(&mut self, space: SpaceId) {
         if let Some(Peer { pidfd: Some(pidfd), orphan, .. }) = self.peers.get_mut(&space) {
             // Its pidfd stays readable: without this, it would be reported for ever.
-            let _ = self.epoll.0.delete(&**pidfd);
+            ignore(&self.epoll, pidfd);
             *orphan = true;
             self.look_after(space);
         }
@@ -594,13 +830,34 @@ impl Keeper {
 
     /// Forgets a child: its areas are counted down, and closing its lifeline sets its guard to work if it lives.
     fn part_with(&mut self, space: SpaceId) {
-        let Some(peer) = self.peers.remove(&space) else { return };
+        if is_foreign(space) {
+            // Its children are of its family as long as it is known, and their forks are read.
+            let _ = self.sync();
+        }
+        if !self.peers.contains_key(&space) {
+            return;
+        }
+        let removed = self.shared.handler.ask(|reply| Command::Remove { space, reply });
+        self.forget(space, removed.ok().flatten());
+    }
+
+    /// Forgets a process whose space was taken out: what it had is counted down.
+    fn forget(&mut self, space: SpaceId, removed: Option<Space>) {
+        let Some(mut peer) = self.peers.remove(&space) else { return };
         if let Some(lifeline) = &peer.lifeline {
             // Closing it would not be noticed where a raw clone left a copy of it.
             let _ = shutdown(lifeline.as_raw_fd(), Shutdown::Both);
+            ignore(&self.epoll, lifeline);
+        }
+        if let Some(pidfd) = &peer.pidfd {
+            ignore(&self.epoll, pidfd);
         }
         self.shared.spaces_remove(space);
-        if let Ok(Some(mut removed)) = self.shared.handler.ask(|reply| Command::Remove { space, reply }) {
+        for (_, ReadOnlyRegion { vmap, .. }) in peer.outsider.iter_mut().flat_map(|outsider| outsider.regions.drain()) {
+            vmap.close(1);
+            threads::contain(&self.shared, || drop(vmap));
+        }
+        if let Some(mut removed) = removed {
             // Areas that ended by an event before are among the posts.
             self.count_posts();
             while let Some(area) = removed.table.pop() {
@@ -608,8 +865,12 @@ impl Keeper {
             }
             self.departed.extend(removed.uffd.take());
         }
+        let family = peer.family.clone();
         drop(peer);
         self.close_departed();
+        if let Some(family) = family {
+            family.leave(space);
+        }
     }
 
     /// Closes the userfaultfds of departed processes that nobody is waking threads by any more: who answers faults must not

@@ -3,6 +3,7 @@
 pub(crate) mod around;
 pub(crate) mod background;
 pub(crate) mod bell;
+mod bring;
 pub(crate) mod buffers;
 pub(crate) mod call;
 pub(crate) mod callbacks;
@@ -15,6 +16,7 @@ mod crew_roster;
 pub(crate) mod crossing;
 pub(crate) mod engine;
 pub(crate) mod fault;
+mod foreign;
 pub(crate) mod handler;
 pub(crate) mod handles;
 pub(crate) mod huge;

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 
 use super::around::FaultAround;
 use super::fault::Fault;
+use super::foreign::At;
 use super::huge::HugeSizes;
 use super::plan::{Plan, plan};
 use super::shared::EngineShared;
@@ -24,7 +25,7 @@ use crate::sys::{Install, Stop, Userfault};
 use crate::vmap::page_size::PageSize;
 
 /// Tries at a page for which the kernel has no memory, before it is given up; with the handler's pauses, seconds.
-const OUT_OF_MEMORY_RETRIES: u32 = 256;
+pub(super) const OUT_OF_MEMORY_RETRIES: u32 = 256;
 /// Tries at a page while its address space is changing, before it is filled in another way.
 pub(super) const RETRIES_BEFORE_ASIDE: u32 = 3;
 /// Tries at refusing a page while its address space is changing, before it is refused in another way; with the handler's
@@ -50,6 +51,8 @@ pub(crate) enum Answer {
     Stray,
     /// The page was unmapped, and no event says so.
     Unmapped,
+    /// The page can't be had, and its process shall end for it.
+    Fatal,
 }
 
 /// Answers faults. Holds what that takes, made beforehand.
@@ -58,7 +61,7 @@ pub(crate) struct Resolver {
     /// Where pages are composed that can be read at once.
     pub(super) bounce: MmapMut,
     pub(super) slow: Slow,
-    fault_around: FaultAround,
+    pub(super) fault_around: FaultAround,
     pub(super) huge: HugeSizes,
 }
 
@@ -70,6 +73,9 @@ impl Resolver {
     /// Answers one fault.
     pub(crate) fn resolve(&mut self, space: &Space, fault: &Fault) -> Answer {
         let Some(uffd) = &space.uffd else { return Answer::Done };
+        if let Some(foreign) = &space.foreign {
+            return self.resolve_foreign(At { space, uffd, foreign }, fault);
+        }
         let Some(area) = space.table.find(fault.addr) else {
             if fault.retries > 0 {
                 // This is old news: a region that is being attached may have the address by now. If the page is still
@@ -203,7 +209,10 @@ impl Resolver {
         fault: &Fault,
         source: Source,
     ) -> Answer {
-        let Some(window) = &area.target.window else { return Answer::Later };
+        // What a window fills is no page of a foreign space.
+        let Some(window) = area.target.window.as_ref().filter(|_| space.foreign.is_none()) else {
+            return Answer::Later;
+        };
         let pgoff = area.pgoff_of(fault.addr);
         if matches!(source, Source::Held) {
             return self.map_aside(space, uffd, fault).unwrap_or_else(|| self.poison(space, uffd, fault));
@@ -289,6 +298,9 @@ impl Resolver {
     /// Makes a page a SIGBUS, for the thread that waits and every later touch in this space; unless it came to be
     /// resident meanwhile, by the owner's own writing or before its list was taken back.
     pub(super) fn poison(&mut self, space: &Space, uffd: &Userfault, fault: &Fault) -> Answer {
+        if let Some(foreign) = &space.foreign {
+            return self.poison_foreign(At { space, uffd, foreign }, fault);
+        }
         if let Some(area) = space.table.find(fault.addr).filter(|area| area.target.page.is_huge()) {
             return self.poison_huge(space, uffd, area.target.page, fault);
         }

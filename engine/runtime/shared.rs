@@ -7,11 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use crossbeam_channel::Sender;
 
 use super::around::FaultAround;
+use super::bell::Bell;
 use super::command::Command;
-use super::handles::{HandlerHandle, KeeperHandle, Request};
+use super::handles::{HandlerHandle, KeeperHandle, Request, handler_handle, keeper_channel};
 use super::jobs::Jobs;
 use crate::fork::link::Local;
 use crate::process::gate;
+use crate::space::foreign::FOREIGN;
 use crate::stats::latency::Counts;
 use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters};
@@ -33,6 +35,8 @@ pub(crate) struct EngineShared {
     /// How this process reaches the engine; exchanged in a forked child.
     pub(super) local: RwLock<Arc<Local>>,
     pub(super) child: AtomicBool,
+    /// The engine is in a process that is not an ancestor: what it says of this process's memory is not to be believed.
+    pub(crate) of_client: bool,
     pub(crate) handler: HandlerHandle,
     pub(crate) keeper: Arc<KeeperHandle>,
     pub(crate) notices: Sender<Notice>,
@@ -65,7 +69,56 @@ impl Drop for Attaching<'_> {
     }
 }
 
+/// Numbers an engine, in this process and its forked children.
+pub(super) fn new_engine_id() -> u64 {
+    static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
+    NEXT_ENGINE.fetch_add(1, Ordering::Relaxed)
+}
+
 impl EngineShared {
+    /// Makes what a process has of an engine in another process that is not an ancestor. It is as in a forked child, and
+    /// connected by [`EngineShared::connect`].
+    pub(crate) fn of_client(opener: Opener, way: OpenWay, features: Features, owner_pidfd: OwnedFd) -> Result<Self> {
+        let (commands, unheard) = crossbeam_channel::bounded(1);
+        let bell = Arc::new(Bell::new().map_err(Error::sys("eventfd for a client"))?);
+        let (keeper, _) = keeper_channel().map_err(Error::sys("eventfd for a client"))?;
+        let (notices, _) = crossbeam_channel::unbounded();
+        let shared = EngineShared {
+            id: new_engine_id(),
+            opener,
+            way,
+            features,
+            fault_around: FaultAround::default(),
+            owner_pidfd,
+            local: RwLock::new(Arc::new(Local::Lost { why: "it is not connected yet".into() })),
+            child: AtomicBool::new(true),
+            of_client: true,
+            handler: handler_handle(commands, unheard, bell),
+            keeper: Arc::new(keeper),
+            notices,
+            vmaps: Registry::default(),
+            counters: Counters::default(),
+            latency: Sharded::default(),
+            shard_owners: Owners::default(),
+            spaces: Mutex::default(),
+            next_space: AtomicU64::new(1),
+            next_region: AtomicU64::new(1),
+            next_vmap: AtomicU64::new(1),
+            jobs: Jobs::default(),
+            retired: AtomicBool::new(false),
+            attaching: AtomicUsize::new(0),
+        };
+        // There is no such thread: whoever asks it is told so.
+        shared.handler.close();
+        Ok(shared)
+    }
+
+    /// In a client: sets the way to the engine.
+    pub(crate) fn connect(&self, local: Local) {
+        let _gate = gate();
+        *self.local.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(local);
+    }
+
     /// Begins an attach; `None` after a shutdown.
     pub(crate) fn begin_attach(&self) -> Option<Attaching<'_>> {
         // Counted before the flag is looked at: either this finds the flag, or the fault-handling thread the count.
@@ -135,6 +188,12 @@ impl EngineShared {
 
     pub(crate) fn new_space_counters(&self) -> Arc<SpaceCounters> {
         let id = self.next_space.fetch_add(1, Ordering::Relaxed);
+        Arc::new(SpaceCounters { id, ..SpaceCounters::default() })
+    }
+
+    /// For a process whose memory is not the engine's.
+    pub(crate) fn new_foreign_counters(&self) -> Arc<SpaceCounters> {
+        let id = self.next_space.fetch_add(1, Ordering::Relaxed) | FOREIGN;
         Arc::new(SpaceCounters { id, ..SpaceCounters::default() })
     }
 

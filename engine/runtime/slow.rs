@@ -11,6 +11,7 @@ use super::buffers::{Buffers, Late, buffer_bytes};
 use super::call::Ticket;
 use super::command::{Lent, ReadDone, ReadJob};
 use super::fault::Fault;
+use super::foreign::At;
 use super::reads::{Asked, Ended, How, Limits, Outcome, Reads, Subject, Waiter, Wanted};
 use super::resolve::{Answer, RETRIES_BEFORE_ASIDE, Resolver, Source};
 use super::workers::{Roll, THREADS_MAX};
@@ -212,7 +213,7 @@ impl Resolver {
         if fault.retries > 0 { None } else { self.map_resident(uffd, fault.addr) }
     }
 
-    fn hand_to_worker(&mut self, area: &Area<Target>, fault: &Fault, window: Range<u64>) -> Answer {
+    pub(super) fn hand_to_worker(&mut self, area: &Area<Target>, fault: &Fault, window: Range<u64>) -> Answer {
         let pgoff = area.pgoff_of(fault.addr);
         let Some(wanted) = self.wanted(&area.target, window, pgoff, fault) else { return Answer::Later };
         self.ask(&area.target, wanted, Waiter::Fault(*fault)).unwrap_or(Answer::Later)
@@ -402,8 +403,12 @@ impl Resolver {
     }
 
     /// Answers a fault whose page the object holds now: it is mapped, or, where that can't be done, touched again.
-    pub(crate) fn bring(&self, space: &Space, fault: &Fault) -> Answer {
+    pub(crate) fn bring(&mut self, space: &Space, fault: &Fault) -> Answer {
         let Some(uffd) = &space.uffd else { return Answer::Done };
+        if let Some(foreign) = &space.foreign {
+            let fault = Fault { retries: fault.retries.max(1), ..*fault };
+            return self.resolve_foreign(At { space, uffd, foreign }, &fault);
+        }
         let page = space.table.find(fault.addr).map_or(PageSize::Base, |area| area.target.page);
         match uffd.r#continue(page.floor(fault.addr), page.bytes()).stop {
             None => Answer::Done,

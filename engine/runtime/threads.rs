@@ -34,6 +34,8 @@ pub(crate) enum Role {
     Populate,
     /// In a forked child: answers faults when the engine is gone.
     Guard,
+    /// Accepts connections to a published vmap.
+    Publish,
     /// Runs the code of whoever subscribed to what the engine tells.
     #[cfg(feature = "tracing")]
     Trace,
@@ -51,6 +53,7 @@ impl Role {
             Role::Watch => c"kiomap-watch",
             Role::Populate => c"kiomap-populate",
             Role::Guard => c"kiomap-guard",
+            Role::Publish => c"kiomap-publish",
             #[cfg(feature = "tracing")]
             Role::Trace => c"kiomap-trace",
         }

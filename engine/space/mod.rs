@@ -1,12 +1,15 @@
 //! One address space that the engine serves: its userfaultfd and its table of areas.
 //!
-//! The engine's own process and a forked child are both spaces; one code path serves them.
+//! The engine's own process, a forked child, and a process that handed its userfaultfd over (`foreign.rs`) are all spaces.
 
+pub(crate) mod foreign;
 pub(crate) mod mmap_vec;
 pub(crate) mod table;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
 
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
@@ -17,6 +20,7 @@ use crate::sys::{Message, Userfault};
 use crate::vmap::core::VmapCore;
 use crate::vmap::page_size::PageSize;
 use crate::vmap::window::Window;
+use foreign::Foreign;
 use table::AreaTable;
 
 /// Names a space; never used again within an engine.
@@ -24,6 +28,9 @@ pub(crate) type SpaceId = u64;
 
 /// The space of the process that created the engine.
 pub(crate) const OWN_SPACE: SpaceId = 0;
+
+/// Stands for the parent of a process that was not forked from one that is served.
+pub(crate) const NO_SPACE: SpaceId = SpaceId::MAX;
 
 /// What the pages of an area are.
 #[derive(Clone, Debug)]
@@ -63,6 +70,8 @@ pub(crate) struct Space {
     /// Another userfaultfd of a forked child, which reports no changes, so that pages can be mapped while the first does. `None`
     /// for the own process, which has the vmaps' windows for that, and where no vmap has minor faults.
     pub(crate) aside: Option<Arc<Private<Userfault>>>,
+    /// What is particular to it if its memory is not the engine's.
+    pub(crate) foreign: Option<Foreign>,
     pub(crate) table: AreaTable<Target>,
     pub(crate) counters: Arc<SpaceCounters>,
     /// A message that a member of the crew has read and can't answer, for the owner. Locked by who reads.
@@ -70,7 +79,7 @@ pub(crate) struct Space {
 }
 
 /// An area as it is told to the process that shall map it. Plain numbers: it crosses process borders.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub(crate) struct AreaRecord {
     pub(crate) start: u64,
@@ -118,6 +127,10 @@ impl AreaRecord {
         }
     }
 
+    pub(crate) fn nr_pages(&self) -> u64 {
+        self.len / page_size() as u64
+    }
+
     pub(crate) fn is_writable(&self) -> bool {
         self.flags & Self::WRITABLE != 0
     }
@@ -138,7 +151,7 @@ impl AreaRecord {
 pub(crate) const PIECES_PER_ANSWER: usize = 8;
 
 /// Some of the ranges that a region still consists of.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Pieces {
     pub(crate) ranges: [(usize, usize); PIECES_PER_ANSWER],
     pub(crate) len: usize,
@@ -146,7 +159,7 @@ pub(crate) struct Pieces {
 
 impl Pieces {
     pub(crate) fn as_slice(&self) -> &[(usize, usize)] {
-        &self.ranges[..self.len]
+        self.ranges.get(..self.len).unwrap_or(&self.ranges)
     }
 
     pub(crate) fn push(&mut self, start: usize, end: usize) {

@@ -145,6 +145,8 @@ page_counters! {
         reads,
         /// Processes that were noticed to be gone (exit, kill or exec).
         processes_gone,
+        /// Connections to published vmaps that were cut, because what was said over them was wrong, or nothing in time.
+        clients_shed,
         /// Areas, in any process, that were to be locked in memory if allowed
         /// ([`Residency::LockedIfAllowed`](crate::Residency::LockedIfAllowed)) and are not.
         lock_downgrades,

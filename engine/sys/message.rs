@@ -1,14 +1,50 @@
-//! What a userfaultfd reports: the crate's events, turned at the place of reading into a type of our own that is `Send`.
+//! What a userfaultfd reports: the kernel's `struct uffd_msg`, turned at the place of reading into a type of our own.
+//!
+//! The crate `userfaultfd` decodes the same, but reads by read(2) only, which may wait where the descriptor is
+//! somebody else's too.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
 
 use super::Userfault;
 
+/// `struct uffd_msg`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct RawMessage {
+    event: u8,
+    reserved: [u8; 7],
+    args: [u64; 3],
+}
+
+impl RawMessage {
+    pub(super) const BYTES: usize = size_of::<RawMessage>();
+}
+
+const _: () = assert!(RawMessage::BYTES == 32 && std::mem::offset_of!(RawMessage, args) == 8);
+
+/// The kinds of messages, as `<linux/userfaultfd.h>` numbers them.
+mod event {
+    pub(super) const PAGEFAULT: u8 = 0x12;
+    pub(super) const FORK: u8 = 0x13;
+    pub(super) const REMAP: u8 = 0x14;
+    pub(super) const REMOVE: u8 = 0x15;
+    pub(super) const UNMAP: u8 = 0x16;
+}
+
+/// Flags of a fault: a write; of a page that is protected; of one that is not mapped.
+const WRITE: u64 = 1 << 0;
+const WRITE_PROTECTED: u64 = 1 << 1;
+const MINOR: u64 = 1 << 2;
+
 /// A buffer for messages, allocated once so that reading never allocates.
-pub(crate) struct MsgBuffer(pub(super) userfaultfd::EventBuffer);
+pub(crate) struct MsgBuffer(pub(super) Vec<RawMessage>);
 
 impl MsgBuffer {
     /// Makes room for `messages` messages, at least one.
     pub(crate) fn new(messages: usize) -> MsgBuffer {
-        MsgBuffer(userfaultfd::EventBuffer::new(messages.max(1)))
+        MsgBuffer(vec![RawMessage::default(); messages.max(1)])
     }
 }
 
@@ -27,10 +63,7 @@ pub(crate) enum Message {
         tid: i32,
     },
     /// The process forked; this serves the child. Dropping it makes the child read zero pages.
-    Fork(
-        #[cfg_attr(not(test), expect(dead_code, reason = "held to be closed: no space of ours asks for fork events"))]
-        Userfault,
-    ),
+    Fork(Userfault),
     /// `len` bytes moved; what `from` held is at `to`.
     Remap {
         /// The old start.
@@ -41,7 +74,6 @@ pub(crate) enum Message {
         len: usize,
     },
     /// Pages were given up by madvise; the range stays mapped.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the next touch asks the list again, wherever it is"))]
     Remove {
         /// Its first byte.
         start: usize,
@@ -68,23 +100,41 @@ pub(crate) enum FaultKind {
     WriteProtected,
 }
 
-impl From<userfaultfd::Event> for Message {
-    fn from(event: userfaultfd::Event) -> Message {
-        match event {
-            userfaultfd::Event::Pagefault { kind, rw, addr, thread_id } => Message::Fault {
-                addr: addr as usize,
-                write: rw == userfaultfd::ReadWrite::Write,
-                kind: match kind {
-                    userfaultfd::FaultKind::Missing => FaultKind::Missing,
-                    userfaultfd::FaultKind::Minor => FaultKind::Minor,
-                    userfaultfd::FaultKind::WriteProtected => FaultKind::WriteProtected,
+impl Message {
+    /// Decodes a message that was just read through `reader`; each once, as it may bring a descriptor.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO` for a kind that is unknown.
+    pub(super) fn decode(raw: &RawMessage, reader: &Userfault) -> Result<Message, Errno> {
+        let [first, second, third] = raw.args;
+        Ok(match raw.event {
+            event::PAGEFAULT => Message::Fault {
+                addr: second as usize,
+                write: first & WRITE != 0,
+                kind: match first {
+                    flags if flags & MINOR != 0 => FaultKind::Minor,
+                    flags if flags & WRITE_PROTECTED != 0 => FaultKind::WriteProtected,
+                    _ => FaultKind::Missing,
                 },
-                tid: thread_id.as_raw(),
+                tid: first_half(third) as i32,
             },
-            userfaultfd::Event::Fork { uffd } => Message::Fork(Userfault::from(uffd)),
-            userfaultfd::Event::Remap { from, to, len } => Message::Remap { from: from as usize, to: to as usize, len },
-            userfaultfd::Event::Remove { start, end } => Message::Remove { start: start as usize, end: end as usize },
-            userfaultfd::Event::Unmap { start, end } => Message::Unmap { start: start as usize, end: end as usize },
-        }
+            event::FORK => {
+                // SAFETY: the kernel put this descriptor into our table when the message was read, and nobody else knows
+                // of it.
+                let child = unsafe { OwnedFd::from_raw_fd(first_half(first) as i32) };
+                Message::Fork(reader.of_child(child))
+            }
+            event::REMAP => Message::Remap { from: first as usize, to: second as usize, len: third as usize },
+            event::REMOVE => Message::Remove { start: first as usize, end: second as usize },
+            event::UNMAP => Message::Unmap { start: first as usize, end: second as usize },
+            _ => return Err(Errno::EPROTO),
+        })
     }
+}
+
+/// The number that lies in the first four bytes of a word.
+fn first_half(word: u64) -> u32 {
+    let [a, b, c, d, ..] = word.to_ne_bytes();
+    u32::from_ne_bytes([a, b, c, d])
 }

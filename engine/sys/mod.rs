@@ -1,8 +1,8 @@
 //! The kernel's interface: every system call on a userfaultfd, with errno turned into meaning once, here.
 //!
-//! The crate `userfaultfd` is the way in to register, unregister, wake and read. The handshake and the ioctls that
+//! The crate `userfaultfd` is the way in to register, unregister and wake. The handshake and the ioctls that
 //! install pages are our own: version 0.9 reads COPY's count as unsigned, so that −EAGAIN passes for progress, and it
-//! has no POISON. Beside it, the futex that the engine's threads sleep on, and the clock. This module knows nothing of what the engine uses it for.
+//! has no POISON. So is reading: the crate's may wait. Beside it, the futex that the engine's threads sleep on, and the clock. This module knows nothing of what the engine uses it for.
 
 pub(crate) mod clock;
 mod flags;

@@ -1,14 +1,17 @@
 //! One userfaultfd: registering ranges, reading messages, installing pages.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::c_void;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use userfaultfd::{RegisterMode, Uffd};
 
+use super::message::RawMessage;
 use super::uapi::{self, UffdioContinue, UffdioCopy, UffdioPoison, UffdioWriteprotect, UffdioZeropage};
-use super::{Install, Ioctls, Message, MsgBuffer, Stop};
+use super::{Features, Install, Ioctls, Message, MsgBuffer, Stop};
 use crate::page::page_size;
 
 /// An open userfaultfd, of this process or of another; it is closed when dropped.
@@ -17,6 +20,22 @@ use crate::page::page_size;
 #[derive(Debug)]
 pub(crate) struct Userfault {
     uffd: Uffd,
+    reading: Reading,
+    /// The last read found nothing.
+    found_nothing: AtomicBool,
+}
+
+/// How messages are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    /// By read(2): nobody changes the flags of the descriptor.
+    Plain,
+    /// Another process has the descriptor too and can make it blocking at any moment: each read says itself that it does not
+    /// wait (RWF_NOWAIT, which userfaultfds know since Linux 6.10).
+    NoWait,
+    /// The same where the kernel does not know that: on an older one, and for one that a fork event has brought (as of Linux 6.18). The
+    /// flag is looked at before each read.
+    Watched,
 }
 
 /// Says whether the address space behind a userfaultfd is still there.
@@ -37,7 +56,7 @@ pub(crate) enum Liveness {
 /// limit. Programs that are not position-independent start at
 /// 4 MiB and all else lies far higher, so nothing is mapped there. If something were, the answer would be the same, as
 /// long as nobody has registered it for write protection.
-const PROBE_ADDR: u64 = 0x10_0000;
+const PROBE_ADDR: usize = 0x10_0000;
 
 /// The mode of COPY and ZEROPAGE in which nobody is woken (`UFFDIO_COPY_MODE_DONTWAKE`, and the same for the other).
 const DONT_WAKE: u64 = 1;
@@ -57,23 +76,144 @@ impl AsRawFd for Userfault {
     }
 }
 
-impl From<Uffd> for Userfault {
-    fn from(uffd: Uffd) -> Userfault {
-        Userfault { uffd }
-    }
-}
-
 /// Takes a descriptor that is known to be a userfaultfd; on any other, every method answers with an errno.
 ///
-/// One that was received from elsewhere must be given to [`Userfault::set_nonblocking_cloexec`] before it is read.
+/// One that came from a process that is not trusted is taken by [`Userfault::foreign`] instead; one from a forked child must be
+/// given to [`Userfault::set_nonblocking_cloexec`] before it is read.
 impl From<OwnedFd> for Userfault {
     fn from(fd: OwnedFd) -> Userfault {
         // SAFETY: the descriptor is open and owned by `fd`, which gives it up here.
-        Userfault { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
+        let uffd = unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Userfault { uffd, reading: Reading::Plain, found_nothing: AtomicBool::new(true) }
     }
 }
 
 impl Userfault {
+    /// Takes a descriptor that another process made and may keep, whoever that is ([`Userfault::distrust`]).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    #[allow(dead_code, reason = "one that is private to a process is taken by its parts")]
+    pub(crate) fn foreign(fd: OwnedFd) -> Result<Userfault, Errno> {
+        let mut userfault = Userfault::from(fd);
+        userfault.distrust().map(|()| userfault)
+    }
+
+    /// Makes sure that it is a userfaultfd that has done its handshake, and that no read of it ever waits, whatever its maker
+    /// does to its flags.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`: it is something else. `EPROTO`: it has not done its handshake. `ENOTSUP`: it can't be made non-blocking.
+    /// What `/proc` answers, where it can't be read.
+    pub(crate) fn distrust(&mut self) -> Result<(), Errno> {
+        let link = nix::fcntl::readlink(format!("/proc/thread-self/fd/{}", self.as_raw_fd()).as_str())?;
+        if link != "anon_inode:[userfaultfd]" {
+            return Err(Errno::EBADF);
+        }
+        self.set_nonblocking_cloexec()?;
+        // Before its handshake it is nothing but an error to poll(2).
+        let mut state = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut state, PollTimeout::ZERO)?;
+        if state[0].revents().is_none_or(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL)) {
+            return Err(Errno::EPROTO);
+        }
+        self.read_as_foreign();
+        Ok(())
+    }
+
+    /// The userfaultfd that a fork event has brought. The kernel made it with the flags that its parent's was *made* with: if
+    /// that is a foreign one, this must go through [`Userfault::set_nonblocking_cloexec`].
+    pub(super) fn of_child(&self, fd: OwnedFd) -> Userfault {
+        let mut child = Userfault::from(fd);
+        if self.reading != Reading::Plain {
+            child.read_as_foreign();
+        }
+        child
+    }
+
+    /// Sees to it that no read of it waits, whatever others do to its flags.
+    fn read_as_foreign(&mut self) {
+        self.reading = if self.knows_nowait() { Reading::NoWait } else { Reading::Watched };
+    }
+
+    /// Returns the features that were asked for in its handshake.
+    ///
+    /// # Errors
+    ///
+    /// What `/proc` answers, where it can't be read; `EPROTO` where it does not say them.
+    pub(crate) fn features(&self) -> Result<Features, Errno> {
+        /// The kernel's own mark of a handshake that was done.
+        const INITIALIZED: Features = Features::from_bits(1 << 31);
+        let path = format!("/proc/thread-self/fdinfo/{}", self.as_raw_fd());
+        let text =
+            std::fs::read_to_string(path).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        // "API:", the version, the features, the ioctls.
+        let features = text.lines().find_map(|line| line.strip_prefix("API:")?.trim().split(':').nth(1));
+        let bits = features.and_then(|bits| u64::from_str_radix(bits, 16).ok()).ok_or(Errno::EPROTO)?;
+        Ok(Features::from_bits(bits).difference(INITIALIZED))
+    }
+
+    /// Tells whether it can be read by RWF_NOWAIT. A read with no room for a message is refused for its size if so, before
+    /// anything is taken out.
+    fn knows_nowait(&self) -> bool {
+        let mut no_room = [0_u8; 1];
+        self.read_nowait(no_room.as_mut_ptr().cast(), no_room.len()) == Err(Errno::EINVAL)
+    }
+
+    /// Reads into `len` bytes without waiting.
+    fn read_nowait(&self, bytes: *mut c_void, len: usize) -> Result<usize, Errno> {
+        let slice = libc::iovec { iov_base: bytes, iov_len: len };
+        // SAFETY: the callers own the `len` bytes, into which the kernel writes; of messages, any bytes are valid.
+        let read = unsafe { libc::preadv2(self.as_raw_fd(), &raw const slice, 1, -1, libc::RWF_NOWAIT) };
+        Errno::result(read).map(|read| read as usize)
+    }
+
+    /// Reads messages, as it is read.
+    fn read_raw(&self, messages: &mut [RawMessage]) -> Result<usize, Errno> {
+        let (bytes, len) = (messages.as_mut_ptr().cast::<c_void>(), size_of_val(messages));
+        let read = match self.reading {
+            Reading::Plain => {
+                // SAFETY: the `len` bytes are messages of ours, of which any bytes are valid.
+                Errno::result(unsafe { libc::read(self.as_raw_fd(), bytes, len) }).map(|read| read as usize)
+            }
+            Reading::NoWait => self.read_nowait(bytes, len),
+            Reading::Watched => self.unblock().and_then(|()| {
+                // SAFETY: as above.
+                Errno::result(unsafe { libc::read(self.as_raw_fd(), bytes, len) }).map(|read| read as usize)
+            }),
+        };
+        match read {
+            Ok(read) if read % RawMessage::BYTES == 0 => {
+                if self.reading == Reading::NoWait {
+                    self.found_nothing.store(false, Ordering::Relaxed);
+                }
+                Ok(read / RawMessage::BYTES)
+            }
+            // Part of a message does not come from a userfaultfd.
+            Ok(_) => Err(Errno::EIO),
+            Err(Errno::EAGAIN) => {
+                // A blocking one would go on to be reported as broken, with nothing to read. Who has just read something looks
+                // again before that: only a second look in vain may follow such a report.
+                if self.reading == Reading::NoWait && self.found_nothing.swap(true, Ordering::Relaxed) {
+                    self.unblock()?;
+                }
+                Ok(0)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Makes it non-blocking if its other holder has made it blocking.
+    fn unblock(&self) -> Result<(), Errno> {
+        let status = OFlag::from_bits_retain(fcntl(self, FcntlArg::F_GETFL)?);
+        if status.contains(OFlag::O_NONBLOCK) {
+            return Ok(());
+        }
+        fcntl(self, FcntlArg::F_SETFL(status | OFlag::O_NONBLOCK)).map(drop)
+    }
+
     /// Makes the descriptor non-blocking and closed on exec, and verifies both.
     ///
     /// poll(2) on a *blocking* userfaultfd answers POLLERR, and a read of one would stop its reader for good.
@@ -122,26 +262,24 @@ impl Userfault {
     /// child; the event stays, and its fork keeps waiting. EPROTO: a message of an unknown kind; all others of the
     /// same batch were passed on.
     pub(crate) fn read(&self, buf: &mut MsgBuffer, mut each: impl FnMut(Message)) -> Result<usize, Errno> {
-        loop {
-            let events = match self.uffd.read_events(&mut buf.0).map_err(errno_of) {
-                Ok(events) => events,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => return Err(errno),
-            };
-            // A fork's descriptor exists since the read and is owned by the event once decoded: decode them all.
-            let mut count = 0;
-            let mut unknown = Ok(());
-            for event in events {
-                match event {
-                    Ok(event) => {
-                        count += 1;
-                        each(Message::from(event));
-                    }
-                    Err(error) => unknown = Err(errno_of(error)),
-                }
+        let count = loop {
+            match self.read_raw(&mut buf.0) {
+                Err(Errno::EINTR) => {}
+                read => break read?,
             }
-            return unknown.map(|()| count);
+        };
+        // A fork's descriptor exists since the read and is owned by the message once decoded: decode them all.
+        let (mut known, mut unknown) = (0, Ok(()));
+        for raw in &buf.0[..count] {
+            match Message::decode(raw, self) {
+                Ok(message) => {
+                    known += 1;
+                    each(message);
+                }
+                Err(errno) => unknown = Err(errno),
+            }
         }
+        unknown.map(|()| known)
     }
 
     /// Installs copies of `len` bytes at `src`, and wakes whoever waits there.
@@ -229,15 +367,20 @@ impl Userfault {
         self.uffd.wake(start as *mut c_void, len).map_err(errno_of)
     }
 
+    /// Lets pages be written to that were protected through it, and wakes whoever waits to.
+    pub(crate) fn unprotect(&self, start: usize, len: usize) -> Result<(), Errno> {
+        let mut request = UffdioWriteprotect { start: start as u64, len: len as u64, mode: 0 };
+        // SAFETY: the request changes no bytes; it lifts a protection that only causes faults.
+        unsafe { uapi::ioctl(self.as_fd(), &mut request) }
+    }
+
     /// Asks whether the address space is still there; cheap, and changes nothing.
     ///
     /// Lifting the write protection of a page that nobody registered fails with ENOENT in an address space that exists,
     /// with ESRCH in one that does not, and with EAGAIN while it is being changed. Only ESRCH proves death: any other
     /// answer counts as life.
     pub(crate) fn liveness(&self) -> Liveness {
-        let mut request = UffdioWriteprotect { start: PROBE_ADDR, len: page_size() as u64, mode: 0 };
-        // SAFETY: the request changes no bytes; at most it lifts a write protection and so causes a fault less.
-        match unsafe { uapi::ioctl(self.as_fd(), &mut request) } {
+        match self.unprotect(PROBE_ADDR, page_size()) {
             Err(Errno::ESRCH) => Liveness::Gone,
             Err(Errno::EAGAIN) => Liveness::Changing,
             _ => Liveness::Alive,
@@ -249,8 +392,7 @@ impl Userfault {
 fn errno_of(error: userfaultfd::Error) -> Errno {
     match error {
         userfaultfd::Error::SystemError(errno) => Errno::from_raw(errno as i32),
-        userfaultfd::Error::UnrecognizedEvent(_) => Errno::EPROTO,
-        // Part of a message, or an end of file: neither comes from a userfaultfd.
+        // Those are errors of reading, which is not done by the crate.
         _ => Errno::EIO,
     }
 }

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::ThreadId;
 
@@ -19,6 +19,7 @@ use super::object::{Object, Owner};
 use super::page_size::PageSize;
 use super::residency::Residency;
 use super::window::Window;
+use crate::fork::wire::Offer;
 use crate::kiobuf::Kiobuf;
 use crate::page::page_size;
 use crate::process::mapping::Mapping;
@@ -74,10 +75,14 @@ pub(crate) struct VmapCore {
     pub(crate) residency: Residency,
     /// What its object holds is mapped by the engine, in answer to a minor fault.
     pub(crate) minor_faults: bool,
+    /// This process may map it for reading only, and does that without the engine: every page is there.
+    pub(crate) read_only: bool,
     /// Notes which pages are faulted on, if that is recorded.
     pub(crate) recorder: Option<Recorder>,
     /// Tells the contents from others, if that was settled when the vmap was built.
     pub(crate) identity: Option<Identity>,
+    /// Its object may hold other bytes than the list has: it was mapped, or written to by the owner, or is somebody else's.
+    diverges: AtomicBool,
     refcount: AtomicUsize,
     count: Mutex<Count>,
     /// Signalled when an owed callback has run or a transition closure has returned.
@@ -90,6 +95,9 @@ pub(crate) struct VmapCore {
     pub(crate) failures: Failures,
     /// Held for reading by the owner's own reads and writes, for writing by an exchange of the list.
     pub(crate) in_use: RwLock<()>,
+    /// If it is not 0, no page may be taken away: processes map them without the engine. Raised while `in_use` is held for
+    /// writing; each publication for reading only counts.
+    pub(crate) stays_whole: AtomicUsize,
     pub(crate) on_deref: Mutex<DerefSlot>,
     pub(crate) user_data: Option<Box<dyn Any + Send + Sync>>,
     pub(crate) counters: Sharded<VmapCounters>,
@@ -112,6 +120,25 @@ struct Count {
     /// Callbacks that are owed and have not returned.
     derefs_owed: u32,
     destroyed: bool,
+}
+
+impl Count {
+    /// Tells whether an attach of this thread may be counted at once.
+    fn is_open_to(&self, caller: Caller) -> Result<bool> {
+        if self.destroyed {
+            return Err(Error::Shutdown);
+        }
+        if self.transition == Some(std::thread::current().id()) {
+            return Err(Error::WouldDeadlock { what: "an attach", thread: "attach_with" });
+        }
+        if self.derefs_owed > 0 && caller == Caller::OtherCallback {
+            return Err(Error::WouldDeadlock {
+                what: "an attach to a vmap whose callback is due next",
+                thread: "callback",
+            });
+        }
+        Ok(self.transition.is_none() && (self.derefs_owed == 0 || caller == Caller::ItsCallback))
+    }
 }
 
 /// Who attaches: whether it may wait for a callback.
@@ -148,11 +175,13 @@ impl VmapCore {
         let window = open_window(opener, &object, list.nr_pages())?;
         Ok(VmapCore {
             id,
+            diverges: AtomicBool::new(object.is_shared()),
             object,
             nr_pages: AtomicU64::new(list.nr_pages()),
             expandable,
             residency: Residency::default(),
             minor_faults: false,
+            read_only: false,
             recorder: None,
             identity: None,
             refcount: AtomicUsize::new(0),
@@ -163,11 +192,41 @@ impl VmapCore {
             failure_policy: FailurePolicy::default(),
             failures: Failures::default(),
             in_use: RwLock::new(()),
+            stays_whole: AtomicUsize::new(0),
             on_deref: Mutex::new(DerefSlot { callback: on_deref, version: 0 }),
             user_data,
             counters: Sharded::default(),
             notices,
         })
+    }
+
+    /// In a client: a vmap of an engine in another process. It has no list, as in that process alone one is looked into.
+    pub(crate) fn offered(offer: &Offer, object: Object, residency: Residency, notices: Sender<Notice>) -> VmapCore {
+        VmapCore {
+            id: offer.vmap,
+            diverges: AtomicBool::new(true),
+            object,
+            nr_pages: AtomicU64::new(offer.nr_pages),
+            expandable: offer.expandable,
+            residency,
+            minor_faults: offer.minor_faults,
+            read_only: offer.read_only,
+            recorder: None,
+            identity: None,
+            refcount: AtomicUsize::new(0),
+            count: Mutex::default(),
+            settled: Condvar::new(),
+            contents: Mutex::new(Contents { list: Kiobuf::new(), window: None, generation: 0, kept_since: 0 }),
+            exchange: RwLock::new(()),
+            failure_policy: FailurePolicy::default(),
+            failures: Failures::default(),
+            in_use: RwLock::new(()),
+            stays_whole: AtomicUsize::new(0),
+            on_deref: Mutex::default(),
+            user_data: None,
+            counters: Sharded::default(),
+            notices,
+        }
     }
 
     pub(crate) fn memfd(&self) -> BorrowedFd<'_> {
@@ -221,6 +280,16 @@ impl VmapCore {
     /// The list as it is now.
     pub(crate) fn contents(&self) -> Contents {
         self.lock_contents().clone()
+    }
+
+    /// Tells whether its object may hold other bytes for a page than the list has.
+    pub(crate) fn diverges(&self) -> bool {
+        self.diverges.load(Ordering::Acquire)
+    }
+
+    /// Notes that from here on it may: before anybody can write to it.
+    pub(crate) fn set_diverging(&self) {
+        self.diverges.store(true, Ordering::Release);
     }
 
     /// Tells the contents of the list from any others', as far as they are known: as it was named, or is now.
@@ -297,22 +366,10 @@ impl VmapCore {
     }
 
     fn try_open_locked(&self, count: &mut Count, caller: Caller, transition: bool) -> Result<Opened> {
-        let me = std::thread::current().id();
-        if count.destroyed {
-            return Err(Error::Shutdown);
-        }
-        if count.transition == Some(me) {
-            return Err(Error::WouldDeadlock { what: "an attach", thread: "attach_with" });
-        }
-        if count.derefs_owed > 0 && caller == Caller::OtherCallback {
-            return Err(Error::WouldDeadlock {
-                what: "an attach to a vmap whose callback is due next",
-                thread: "callback",
-            });
-        }
-        if count.transition.is_some() || (count.derefs_owed > 0 && caller != Caller::ItsCallback) {
+        if !count.is_open_to(caller)? {
             return Ok(Opened::Later);
         }
+        let me = std::thread::current().id();
         let first = self.refcount.fetch_add(1, Ordering::AcqRel) == 0;
         if transition || first {
             count.transition = Some(me);
@@ -329,6 +386,19 @@ impl VmapCore {
                 Opened::Later => count = self.settled.wait(count).unwrap_or_else(PoisonError::into_inner),
             }
         }
+    }
+
+    /// Waits until an attach need not wait, counting nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`VmapCore::try_open`].
+    pub(crate) fn wait_to_open(&self, caller: Caller) -> Result<()> {
+        let mut count = self.count();
+        while !count.is_open_to(caller)? {
+            count = self.settled.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
     }
 
     /// Ends the transition that [`VmapCore::open`] began; tells whether [`VmapCore::try_open`] put an attach off for it.

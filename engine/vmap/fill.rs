@@ -14,16 +14,28 @@ use crate::{Error, Kiobuf};
 /// Pages filled in one step.
 const STEP_PAGES: u64 = 512;
 
-/// Says how far a shutdown has filled ([`Engine::shutdown_filling`](crate::Engine::shutdown_filling)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Says how far a shutdown has filled ([`Engine::shutdown_filling`](crate::Engine::shutdown_filling)), or the filling of an adopted
+/// process ([`Adopted::fill`](crate::Adopted::fill)).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FillProgress {
     /// Pages that are attended to: filled, there already, holes, or failed.
     pub pages_done: u64,
-    /// Pages of the lists of all vmaps with areas.
+    /// Pages of the lists of all vmaps with areas, and of the areas of adopted processes.
     pub pages_total: u64,
     /// Pages that could not be had, of those done: their source failed, or memory ran out. Holes are none of them.
     pub pages_failed: u64,
+}
+
+impl FillProgress {
+    /// Both together.
+    pub(crate) fn and(self, other: FillProgress) -> FillProgress {
+        FillProgress {
+            pages_done: self.pages_done + other.pages_done,
+            pages_total: self.pages_total + other.pages_total,
+            pages_failed: self.pages_failed + other.pages_failed,
+        }
+    }
 }
 
 /// Fills every page that can be had. Calls `progress` at the start and after each step, holding no lock, until it breaks.

@@ -9,6 +9,7 @@ mod fill_huge;
 pub(crate) mod fill_read;
 pub(crate) mod object;
 pub(crate) mod page_size;
+pub(crate) mod readable;
 pub(crate) mod registry;
 pub(crate) mod residency;
 mod retry;
@@ -384,7 +385,7 @@ fn with_handle(shared: &Arc<EngineShared>, mut callback: impl FnMut(&Vmap) + Sen
     Box::new(move |core| callback(&Vmap { core: Arc::clone(core), shared: Arc::clone(&shared) }))
 }
 
-fn owner_only(shared: &EngineShared, what: &'static str) -> Result<()> {
+pub(crate) fn owner_only(shared: &EngineShared, what: &'static str) -> Result<()> {
     if shared.is_child() {
         return Err(Error::NotOwner { what });
     }
@@ -560,6 +561,7 @@ impl Vmap {
             false => None,
         };
         let _contents = self.make_resident(offset, bytes.len())?;
+        self.core.set_diverging();
         if self.core.page().is_huge() {
             return self.core.write_mapped(offset, bytes);
         }
@@ -587,6 +589,12 @@ impl Vmap {
             at = if next > at { next } else { made_from(&self.core, at, pages.end) };
         }
         Ok(())
+    }
+
+    /// Makes pages resident.
+    pub(crate) fn bring_resident(&self, pages: Range<u64>) -> Result<()> {
+        let page = page_size() as u64;
+        self.make_resident(pages.start * page, (pages.end - pages.start) as usize * page_size()).map(drop)
     }
 
     /// Makes the pages of a byte range resident, and keeps the list from being exchanged.
@@ -649,9 +657,9 @@ impl Vmap {
         let nr_pages = list.nr_pages();
         let window = self.core.open_window(&self.shared.opener, nr_pages)?;
         // The list first: a touch of a new page, as soon as the object has it, must find it there.
-        let before = self.publish(list, window, Exchange::Adds)?;
+        let before = self.exchange_list(list, window, Exchange::Adds)?;
         if let Err(error) = self.core.grow(nr_pages) {
-            self.publish(before.list, before.window, Exchange::TakesBack)?;
+            self.exchange_list(before.list, before.window, Exchange::TakesBack)?;
             return Err(error);
         }
         Ok(())
@@ -664,7 +672,8 @@ impl Vmap {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for [`Revoke::Hard`] of a memfd that is shown itself; [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
+    /// [`Error::Invalid`] for [`Revoke::Hard`] of a memfd that is shown itself, or of a vmap that is published for reading only
+    /// ([`PublishOptions::read_only_clients`](crate::PublishOptions::read_only_clients)); [`Error::NotOwner`], [`Error::Shutdown`], or [`Error::Sys`] when resident pages could not be dropped.
     pub fn revoke(&self, how: Revoke) -> Result<()> {
         owner_only(&self.shared, "revoking a vmap")?;
         refuse_nested("revoking a vmap")?;
@@ -676,12 +685,19 @@ impl Vmap {
             });
         }
         let in_use = self.exclude_owner_io();
+        if how == Revoke::Hard && self.core.stays_whole.load(Ordering::Relaxed) > 0 {
+            return Err(Error::Invalid {
+                what: "the id of the vmap to be revoked",
+                value: self.core.id,
+                rule: "its pages can't be taken away, as it is published for reading only: revoke it softly",
+            });
+        }
         // Holes, so that what is appended later does not take the place of what was taken back.
         let mut revoked = Kiobuf::new();
         if self.nr_pages() > 0 {
             revoked.map_hole(self.nr_pages())?;
         }
-        let before = self.publish(revoked, self.core.contents().window, Exchange::TakesBack)?;
+        let before = self.exchange_list(revoked, self.core.contents().window, Exchange::TakesBack)?;
         // Of a huge page, a part would be zeroed and stay.
         let bytes = self.core.object_bytes();
         if how == Revoke::Hard && bytes > 0 {
@@ -708,12 +724,12 @@ impl Vmap {
     }
 
     /// Waits for the owner's reads and writes, and holds further ones off.
-    fn exclude_owner_io(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(crate) fn exclude_owner_io(&self) -> RwLockWriteGuard<'_, ()> {
         self.core.in_use.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Exchanges the list everywhere; when it returns, no fault is answered from the old one, which it returns.
-    fn publish(&self, list: Kiobuf, window: Option<Arc<Window>>, exchange: Exchange) -> Result<Contents> {
+    fn exchange_list(&self, list: Kiobuf, window: Option<Arc<Window>>, exchange: Exchange) -> Result<Contents> {
         let before = self.core.set_list(list, window, exchange);
         // Kept over the question, so that the fault-handling thread drops neither as the last.
         let now = self.core.contents();

@@ -74,6 +74,11 @@ impl Object {
         Object::of(run.memfd, run.offset, true, PageSize::Base)
     }
 
+    /// In a client: takes the memfd of a vmap that was offered.
+    pub(crate) fn offered(memfd: OwnedFd, base: u64, shared: bool, page: PageSize) -> Result<Object> {
+        Object::of(memfd, base, shared, page)
+    }
+
     fn of(memfd: OwnedFd, base: u64, shared: bool, page: PageSize) -> Result<Object> {
         let stat = fstat(&memfd).map_err(Error::sys("fstat of the memfd of a vmap"))?;
         Ok(Object { memfd, base, id: (stat.st_dev, stat.st_ino), shared, page })

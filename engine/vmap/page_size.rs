@@ -57,6 +57,11 @@ impl PageSize {
         (self.bytes() / page_size()) as u64
     }
 
+    /// The size of so many bytes; that of the system's pages if there is no such size.
+    pub(crate) fn of_bytes(bytes: usize) -> PageSize {
+        PageSize::HUGE.into_iter().find(|page| page.bytes() == bytes).unwrap_or(PageSize::Base)
+    }
+
     /// The base page with which the page begins that a base page is a part of.
     pub(crate) fn first_of(self, pgoff: u64) -> u64 {
         pgoff - pgoff % self.base_pages()

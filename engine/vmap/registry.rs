@@ -1,10 +1,12 @@
 //! The vmap registry: every vmap of an engine, by its id, and the backing objects that may still be mapped.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::core::VmapCore;
 use super::object::{FileId, Owner};
+use super::readable;
 use crate::process::gate;
 use crate::process::maps::{open_own, open_own_details};
 
@@ -87,11 +89,13 @@ impl Registry {
     }
 }
 
-/// Those of some files that this process maps with access. The engine's own windows have none.
+/// Those of some files that this process maps with access. The engine's own windows have none, and where it reads is known.
 fn mapped(files: &Objects) -> Objects {
+    let own = readable::ranges();
     // Where it can't be read, what is mapped is known from events only.
     let Ok(maps) = open_own() else { return Objects::new() };
-    let vmas = maps.vmas().filter_map(Result::ok).filter(|vma| !vma.hidden);
+    let is_own = |range: &Range<usize>| own.iter().any(|own| own.start <= range.start && range.end <= own.end);
+    let vmas = maps.vmas().filter_map(Result::ok).filter(|vma| !vma.hidden && !is_own(&vma.range));
     let mut mapped: Objects = vmas.filter_map(|vma| Some((vma.file, *files.get(&vma.file)?))).collect();
     if mapped.values().any(|&shared| shared) {
         // Those may be the owner's mappings only, which are nothing to the engine.
@@ -100,7 +104,7 @@ fn mapped(files: &Objects) -> Objects {
             |maps| {
                 maps.detailed()
                     .filter_map(Result::ok)
-                    .filter(|(vma, details)| !vma.hidden && details.is_registered)
+                    .filter(|(vma, details)| !vma.hidden && !is_own(&vma.range) && details.is_registered)
                     .map(|(vma, _)| vma.file)
                     .collect()
             },

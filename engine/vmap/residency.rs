@@ -31,6 +31,17 @@ pub enum Residency {
 }
 
 impl Residency {
+    /// All of them, by their numbers in an offer to an unrelated process.
+    const NUMBERED: [Residency; 3] = [Residency::Swappable, Residency::Locked, Residency::LockedIfAllowed];
+
+    pub(crate) fn number(self) -> u8 {
+        self as u8
+    }
+
+    pub(crate) fn of_number(number: u8) -> Option<Residency> {
+        Self::NUMBERED.get(usize::from(number)).copied()
+    }
+
     /// Sets it on a new mapping; tells whether the mapping is locked.
     ///
     /// # Errors

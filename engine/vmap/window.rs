@@ -9,12 +9,14 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 
 use memmap2::MmapMut;
 use nix::unistd::{Whence, lseek};
 
 use super::object::Object;
 use super::page_size::PageSize;
+use super::readable::Readable;
 use crate::kiobuf::{Kiobuf, Nopage};
 use crate::page::page_size;
 use crate::process::ledger::Private;
@@ -34,6 +36,8 @@ pub(crate) struct Window {
     /// Base pages, of whole pages.
     nr_pages: u64,
     pub(super) page: PageSize,
+    /// Made when pages of the vmap are first wanted elsewhere than in its mappings.
+    readable: OnceLock<Readable>,
 }
 
 impl Window {
@@ -51,7 +55,21 @@ impl Window {
                 error => error,
             })?;
         uffd.register_missing(mapping.addr(), len).map_err(Error::sys("UFFDIO_REGISTER for filling a vmap"))?;
-        Ok(Window { mapping, uffd, nr_pages: whole, page: size })
+        Ok(Window { mapping, uffd, nr_pages: whole, page: size, readable: OnceLock::new() })
+    }
+
+    /// Sees to it that the bytes of resident pages can be read.
+    pub(crate) fn make_readable(&self, opener: &Opener, object: &Object) -> Result<()> {
+        if self.readable.get().is_none() {
+            // If another thread was faster, this one is dropped.
+            let _ = self.readable.set(Readable::open(opener, object, self.nr_pages)?);
+        }
+        Ok(())
+    }
+
+    /// Where the bytes of resident pages are read, if that was seen to.
+    pub(crate) fn readable(&self) -> Option<&Readable> {
+        self.readable.get()
     }
 
     /// The addresses that it takes.

@@ -4,6 +4,7 @@
 pub(crate) mod calls;
 pub(crate) mod contents;
 pub(crate) mod faulty;
+pub(crate) mod peer;
 pub(crate) mod pool;
 pub(crate) mod populating;
 pub(crate) mod raw;

@@ -48,7 +48,13 @@ impl Region {
 
 /// The runs of pages that faults on `set` in this order would bring, of those in `pages`, none twice. They keep the order
 /// from one batch of a step to the next; within one they ascend.
-fn windows(set: &[u64], list: &Kiobuf, pages: Range<u64>, page: PageSize, around: FaultAround) -> Vec<Range<u64>> {
+pub(crate) fn windows(
+    set: &[u64],
+    list: &Kiobuf,
+    pages: Range<u64>,
+    page: PageSize,
+    around: FaultAround,
+) -> Vec<Range<u64>> {
     let streams = Streams::default();
     let mut planned = Planned::new(&pages);
     let mut windows: Vec<Range<u64>> = Vec::new();

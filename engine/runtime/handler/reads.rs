@@ -140,6 +140,10 @@ impl Handler {
         let first = self.spaces.partition_point(|space| space.id < from.space);
         for space in &self.spaces[first..] {
             let Some(uffd) = &space.uffd else { continue };
+            // A page that was refused there stays refused: it is no page of the vmap.
+            if space.foreign.is_some() {
+                continue;
+            }
             let skipped = if space.id == from.space { from.addr } else { 0 };
             for area in space.table.iter().filter(|area| area.target.vmap.id == vmap && area.end > skipped) {
                 let page = area.target.page;

@@ -154,7 +154,7 @@ fn impossible_installs_say_why() {
     let unregistered = anonymous(1);
     assert_eq!(copy(&userfault, page(&unregistered, 0), 1, 1), stopped(Stop::Unmapped));
     // Unlike an address that was unmapped just now, no other test can get this one.
-    let nowhere = PROBE_ADDR as usize;
+    let nowhere = PROBE_ADDR;
     for install in [
         copy(&userfault, nowhere, 1, 1),
         userfault.zeropage(nowhere, page_size()),
@@ -198,7 +198,7 @@ fn unsuitable_ranges_are_refused() {
     assert_eq!(userfault.register_missing(addr + 1, page_size()), Err(Errno::EINVAL));
     assert_eq!(userfault.register_missing(addr, page_size() + 1), Err(Errno::EINVAL));
     assert_eq!(userfault.register_missing(addr, 0), Err(Errno::EINVAL));
-    assert_eq!(userfault.register_missing(PROBE_ADDR as usize, page_size()), Err(Errno::EINVAL));
+    assert_eq!(userfault.register_missing(PROBE_ADDR, page_size()), Err(Errno::EINVAL));
     assert_eq!(userfault.unregister(addr, 0), Err(Errno::EINVAL));
 
     let (file, _) = memfd(1);
@@ -255,6 +255,136 @@ fn a_blocking_descriptor_is_made_non_blocking() {
     assert_eq!(userfault.read(&mut MsgBuffer::new(1), |_| ()), Ok(0));
     let flags = fcntl(&userfault, FcntlArg::F_GETFD).expect("fcntl");
     assert!(FdFlag::from_bits_retain(flags).contains(FdFlag::FD_CLOEXEC));
+}
+
+/// Makes a copy of a descriptor, for a holder who is not trusted: both share the flags of the file.
+fn hand_over(userfault: &Userfault) -> Userfault {
+    Userfault::foreign(userfault.as_fd().try_clone_to_owned().expect("dup")).expect("a userfaultfd after its handshake")
+}
+
+/// A read of a foreign userfaultfd returns whatever its maker does to its flags, brings what there is, and makes it fit to
+/// be polled again.
+#[test]
+fn a_foreign_userfaultfd_never_makes_its_reader_wait() {
+    let memory = anonymous(1);
+    let userfault = userfault(Features::THREAD_ID);
+    userfault.register_missing(page(&memory, 0), memory.len()).expect("register");
+    let foreign = hand_over(&userfault);
+    let nowait = foreign.reading == Reading::NoWait;
+    eprintln!("userfaultfds know RWF_NOWAIT here: {nowait}");
+
+    let block = || fcntl(&userfault, FcntlArg::F_SETFL(OFlag::O_RDWR)).expect("F_SETFL");
+    let is_blocking =
+        || !OFlag::from_bits_retain(fcntl(&userfault, FcntlArg::F_GETFL).unwrap()).contains(OFlag::O_NONBLOCK);
+    block();
+    assert!(is_blocking());
+    let empty = aside(move || (foreign.read(&mut MsgBuffer::new(4), |_| panic!("nobody has touched it")), foreign));
+    let (empty, foreign) = finish(&empty);
+    assert_eq!(empty, Ok(0));
+    assert!(!is_blocking());
+
+    let addr = page(&memory, 0);
+    let access = aside(move || (nix::unistd::gettid().as_raw(), load(addr)));
+    wait_readable(&userfault);
+    block();
+    let mut message = None;
+    assert_eq!(foreign.read(&mut MsgBuffer::new(4), |read| message = Some(read)), Ok(1));
+    let Some(Message::Fault { addr: at, write: false, kind: FaultKind::Missing, tid }) = message else {
+        panic!("{message:?}")
+    };
+    assert_eq!((at, copy(&userfault, at, 1, 5)), (addr, full(1)));
+    assert_eq!(finish(&access), (tid, 5));
+    assert_eq!(is_blocking(), nowait, "it is looked at before each read, or after two in a row that find nothing");
+    let twice = aside(move || [(); 2].map(|()| foreign.read(&mut MsgBuffer::new(4), |_| panic!("nobody touches"))));
+    assert_eq!(finish(&twice), [Ok(0); 2]);
+    assert!(!is_blocking());
+}
+
+/// Where a read can't say that it does not wait, the flag is set again before each.
+#[test]
+fn without_nowait_the_flag_is_watched() {
+    let userfault = userfault(Features::empty());
+    let mut foreign = hand_over(&userfault);
+    foreign.reading = Reading::Watched;
+    fcntl(&userfault, FcntlArg::F_SETFL(OFlag::O_RDWR)).expect("F_SETFL");
+    let empty = aside(move || foreign.read(&mut MsgBuffer::new(1), |_| ()));
+    assert_eq!(finish(&empty), Ok(0));
+}
+
+/// What is no userfaultfd, or none that can be used yet, is not taken for one.
+#[test]
+fn what_is_no_userfaultfd_is_refused() {
+    let (reader, writer) = pipe().expect("pipe");
+    let (file, _memory) = memfd(1);
+    let event = nix::sys::eventfd::EventFd::new().expect("eventfd");
+    let pidfd = crate::process::open_pidfd(nix::unistd::getpid().as_raw()).expect("pidfd");
+    for other in [OwnedFd::from(reader), writer.into(), file.into(), event.into(), pidfd] {
+        assert_eq!(Userfault::foreign(other).expect_err("no userfaultfd"), Errno::EBADF);
+    }
+    let fresh = open::userfaultfd(libc::O_CLOEXEC | 1).expect("userfaultfd");
+    assert_eq!(Userfault::foreign(fresh).expect_err("no handshake"), Errno::EPROTO);
+}
+
+/// The features of a handshake can be read back, no more and no fewer.
+#[test]
+fn the_features_of_a_handshake_can_be_read_back() {
+    for features in [Features::empty(), Features::THREAD_ID | Features::EVENT_UNMAP] {
+        assert_eq!(hand_over(&userfault(features)).features(), Ok(features));
+    }
+}
+
+/// Messages are decoded as the crate decodes them.
+#[test]
+fn messages_are_decoded_as_by_the_crate() {
+    let features = Features::THREAD_ID | Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
+    let read_by_crate = |userfault: &Userfault| {
+        wait_readable(userfault);
+        // SAFETY: another descriptor of the same userfaultfd, which the crate closes.
+        let uffd = unsafe { Uffd::from_raw_fd(userfault.as_fd().try_clone_to_owned().expect("dup").into_raw_fd()) };
+        uffd.read_event().expect("read").expect("an event")
+    };
+    // The same happens twice: once the crate hears of it, once we.
+    for is_ours in [false, true] {
+        let memory = anonymous(4);
+        let userfault = userfault(features);
+        userfault.register_missing(page(&memory, 0), memory.len()).expect("register");
+        let (addr, removed) = (page(&memory, 1), page(&memory, 2));
+        let access = aside(move || {
+            store(addr + 8, 1);
+            nix::unistd::gettid().as_raw()
+        });
+        let tid = if is_ours {
+            let Message::Fault { addr: got, write: true, kind: FaultKind::Missing, tid } = next(&userfault) else {
+                panic!()
+            };
+            assert_eq!(got, addr);
+            tid
+        } else {
+            let event = read_by_crate(&userfault);
+            let userfaultfd::Event::Pagefault { kind, rw, addr: got, thread_id } = event else { panic!("{event:?}") };
+            assert_eq!((got as usize, rw), (addr, userfaultfd::ReadWrite::Write));
+            assert_eq!(kind, userfaultfd::FaultKind::Missing);
+            thread_id.as_raw()
+        };
+        assert_eq!(copy(&userfault, addr, 1, 5), full(1));
+        assert_eq!(finish(&access), tid);
+
+        // SAFETY: the page is this test's own, and nothing refers to it.
+        let advised = aside(move || unsafe {
+            let removed = std::ptr::with_exposed_provenance_mut(removed);
+            libc::madvise(removed, page_size(), libc::MADV_DONTNEED)
+        });
+        let range = if is_ours {
+            let Message::Remove { start, end } = next(&userfault) else { panic!() };
+            start..end
+        } else {
+            let event = read_by_crate(&userfault);
+            let userfaultfd::Event::Remove { start, end } = event else { panic!("{event:?}") };
+            start as usize..end as usize
+        };
+        assert_eq!(range, removed..removed + page_size());
+        assert_eq!(finish(&advised), 0);
+    }
 }
 
 /// T68: while an event is unread, installing answers EAGAIN without progress, and the address space counts as changing.

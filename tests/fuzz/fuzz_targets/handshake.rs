@@ -1,0 +1,9 @@
+//! Messages of VM monitors.
+#![no_main]
+
+#[path = "../entry.rs"]
+mod entry;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    entry::handshake(bytes);
+});
