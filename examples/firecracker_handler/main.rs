@@ -125,12 +125,14 @@ fn run(options: &Options) -> Result<()> {
         vmap = vmap.record_working_set();
     }
     let vmap = vmap.build().with_context(|| format!("publishing the pages of {path}"))?;
+    let nothing = engine.vmap(&Kiobuf::new()).context("publishing nothing")?;
     let sets = Sets::open(options.record.clone(), options.replay.as_deref(), &vmap)?;
 
     let report = Report::new(options.json);
     let host = Arc::new(Host {
         engine,
         vmap,
+        nothing,
         memory_bytes,
         sets,
         report,

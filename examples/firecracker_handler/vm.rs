@@ -31,6 +31,8 @@ const END: Duration = Duration::from_secs(10);
 pub(crate) struct Host {
     pub(crate) engine: Engine,
     pub(crate) vmap: Vmap,
+    /// Without a page: what VMs that are turned away get.
+    pub(crate) nothing: Vmap,
     pub(crate) memory_bytes: u64,
     pub(crate) sets: Sets,
     pub(crate) report: Report,
@@ -172,7 +174,7 @@ fn refuse(
 
 /// Lets a VM go for which there is no place: what it is missing is SIGBUS from then on, unless VMs are to be killed.
 fn turn_away(host: &Host, peer: &Peer, handshake: Handshake) {
-    let areas = handshake.areas(&host.vmap);
+    let areas = handshake.areas(&host.nothing);
     if host.refusal == Refusal::Kill && peer.pidfd.is_some() {
         return end_it(host, peer, &"no place is left to serve it");
     }
