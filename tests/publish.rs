@@ -307,7 +307,7 @@ fn a_thousand_clients_come_and_go_without_a_trace() {
 fn the_policy_decides_who_gets_what() {
     alone("the_policy_decides_who_gets_what", || {
         let (engine, place) = (engine_builder().build().unwrap(), Place::new());
-        let vmap = engine.vmap(&pages(4)).unwrap();
+        let vmap = engine.vmap(&pages(8)).unwrap();
         let asked = Arc::new(AtomicUsize::new(0));
         let seen = Arc::clone(&asked);
         let policy = move |peer: &kiomap::PeerCredentials| {
@@ -338,6 +338,18 @@ fn the_policy_decides_who_gets_what() {
         drop(first);
         eventually("its place is free", || few.clients().unwrap().len() == 1);
         second.ok("fork 1 0");
+        drop((second, few));
+        eventually("nobody is served", || engine.spaces().unwrap().len() == 1);
+        let options = PublishOptions::new().processes(4).processes_per_client(2);
+        let few = vmap.publish(place.socket(), options).unwrap();
+        let mut first = Program::attached(&place.socket());
+        first.ok("fork 1 1");
+        eventually("its child has ended", || few.clients().unwrap().len() == 1);
+        assert_ne!(first.ask("fork 2 2"), "ok", "there is a place for one of them");
+        eventually("they have ended", || few.clients().unwrap().len() == 1);
+        // Another one has places of its own.
+        Program::attached(&place.socket()).ok("fork 1 4");
+        first.ok("fork 1 5");
     });
 }
 
@@ -513,7 +525,7 @@ fn a_client_looks_at_what_it_is_offered() {
         let offer = |nr_pages, page_bytes, base, residency, read_only| {
             raw::frame(&[0, 1, nr_pages, page_bytes, base, 0, 0, 0, residency, 0, read_only])
         };
-        let owner = || (raw::frame(&[1]), vec![memfd(0, SealFlag::empty())]);
+        let owner = || (raw::frame(&[1]), vec![raw::pidfd(std::process::id())]);
         for (offer, memfd, expected) in [
             (offer(4, page, 0, 0, 0), memfd(3 * page, sealed), ConnectFault::Memory),
             (offer(4, page, 0, 0, 0), memfd(4 * page, SealFlag::F_SEAL_GROW), ConnectFault::Memory),
@@ -531,6 +543,10 @@ fn a_client_looks_at_what_it_is_offered() {
         // Nothing at all came along.
         assert_eq!(fault(vec![(offer(4, page, 0, 0, 0), vec![]), owner()], false), ConnectFault::Protocol);
         assert_eq!(fault(vec![(offer(4, page, 0, 0, 0), vec![memfd(4 * page, sealed)])], true), ConnectFault::Closed);
+        // Its end would never be seen.
+        let offered = (offer(4, page, 0, 0, 0), vec![memfd(4 * page, sealed)]);
+        let no_process = (raw::frame(&[1]), vec![memfd(0, SealFlag::empty())]);
+        assert_eq!(fault(vec![offered, no_process], false), ConnectFault::Protocol);
     });
 }
 

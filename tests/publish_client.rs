@@ -4,8 +4,6 @@ mod support;
 #[path = "publish/raw.rs"]
 mod wire;
 
-use std::os::fd::{FromRawFd, OwnedFd};
-
 use kiomap::{AttachOptions, Client, ClientOptions, PublishOptions, page_size};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -75,17 +73,13 @@ fn a_client_unmaps_nothing_but_memory_of_the_vmap() {
             let memory = memfd_create("server", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
             nix::unistd::ftruncate(&memory, 4 * page as i64).unwrap();
             fcntl(&memory, FcntlArg::F_ADD_SEALS(sealed)).unwrap();
-            // SAFETY: pidfd_open(2) makes a new descriptor.
-            let owner = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
-            // SAFETY: it is new.
-            let owner = unsafe { OwnedFd::from_raw_fd(owner) };
             // One piece, and places for seven more.
             let pieces: Vec<u64> = [vec![reply::PIECES.into(), start, end], vec![0; 14], vec![1]].concat();
             wire::impostor(
                 &path,
                 vec![
                     (wire::frame(&[0, 1, 4, page, 0, 0, 0, 0, 0, features.bits(), 0]), vec![memory]),
-                    (wire::frame(&[1]), vec![owner]),
+                    (wire::frame(&[1]), vec![wire::pidfd(std::process::id())]),
                     (wire::frame(&[reply::DONE.into()]), vec![]),
                     (wire::frame(&[reply::ATTACHED.into(), 1]), vec![]),
                     (wire::frame(&pieces), vec![]),

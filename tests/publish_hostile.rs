@@ -13,12 +13,11 @@ use std::time::{Duration, Instant};
 
 use client::{Place, Program};
 use kiomap::{AttachOptions, CLIENT_AREAS_MAX, Engine, PublishOptions, Vmap, page_size};
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use nix::unistd::Pid;
-use raw::{Line, Offer, ask, fork, frame, greet, header, knock, lifelines, reply, userfaultfd};
+use raw::{Line, Offer, ask, fork, frame, greet, header, knock, lifelines, pidfd, reply, userfaultfd};
 use support::scene::{Rng, at};
 use support::{
     DEADLINE, alone, alone_for, engine_builder, eventually, mark, open_descriptors, pages, threads, touch,
@@ -359,15 +358,6 @@ const PROCESSES: usize = 64;
 
 fn sendto(socket: &OwnedFd, bytes: &[u8]) {
     nix::sys::socket::send(socket.as_raw_fd(), bytes, nix::sys::socket::MsgFlags::MSG_NOSIGNAL).unwrap();
-}
-
-fn pidfd(pid: u32) -> OwnedFd {
-    // SAFETY: a plain system call; its descriptor is new.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as RawFd;
-        assert!(fd >= 0, "{}", Errno::last());
-        std::os::fd::FromRawFd::from_raw_fd(fd)
-    }
 }
 
 /// In the program that misbehaves: does it, and says what becomes of it.

@@ -17,6 +17,7 @@ use nix::sys::statfs::fstatfs;
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::{Whence, geteuid, lseek};
 
+use super::descriptor::{Kind, kind_of};
 use crate::fork::link::{Lifeline, Local};
 use crate::fork::wire::{self, Failed, FrameFault, Knock, Offer, VERSION, Welcome};
 use crate::fork::{self, Newcomer};
@@ -316,7 +317,7 @@ fn shake_hands(
         _ => return Err(ConnectFault::Protocol),
     };
     match hear(socket, deadline)? {
-        (Welcome::Owner, Some(owner)) => Ok(Offered { offer, memfd, owner }),
+        (Welcome::Owner, Some(owner)) if kind_of(&owner) == Some(Kind::Pidfd) => Ok(Offered { offer, memfd, owner }),
         _ => Err(ConnectFault::Protocol),
     }
 }

@@ -4,10 +4,11 @@
 //! such a file, or only to close it, is to wait for the sender. So a descriptor is first recognised by what `/proc` calls it,
 //! which asks nobody, and what is none that was due is closed on a thread for that.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use super::outsider::Place;
@@ -41,6 +42,12 @@ pub(super) fn kind_of(fd: &OwnedFd) -> Option<Kind> {
         }
         _ => None,
     }
+}
+
+/// Tells whether the other end of a socket has hung up.
+pub(super) fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(socket, PollFlags::empty())];
+    poll(&mut polled, PollTimeout::ZERO).is_err() || polled[0].any() == Some(true)
 }
 
 /// What `/proc` calls it. It does not ask the file system of a file.

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 
 use super::client::check;
 use super::descriptor::Kind;
-use super::outsider::{CLIENT_AREAS_MAX, Outsider, Publication};
+use super::outsider::{CLIENT_AREAS_MAX, Most, Outsider, Publication};
 use crate::fork::wire::{self, Ask, FRAME_BYTES, Failed, FrameFault, Knock, Offer, Reply, VERSION, Welcome};
 use crate::page::page_size;
 use crate::process::open_pidfd;
@@ -148,7 +148,9 @@ impl Scene {
         let for_reading = OpenOptions::new().read(true).open(path).unwrap().into();
         let whole = Memory { is_memory: true, writable: true, seals: [true, true] };
         Scene {
-            publication: Arc::new(Publication::new(VMAP, 1, Duration::from_secs(5)).unwrap()),
+            publication: Arc::new(
+                Publication::new(VMAP, Most { processes: 1, of_a_client: 1 }, Duration::from_secs(5)).unwrap(),
+            ),
             space: Arc::default(),
             descriptors: vec![
                 (userfaultfd, Some(Kind::Userfaultfd)),

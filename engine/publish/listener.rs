@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt};
 
+use super::descriptor::has_hung_up;
 use super::outsider::{Misdeed, Outsider, PeerCredentials, Publication};
 use super::{Access, SocketPath, accept};
 use crate::fork::wire::{self, Failed, FrameFault, Knock, Offer, Welcome};
@@ -250,10 +251,15 @@ fn answer(socket: &Private<OwnedFd>, welcome: Welcome) {
 
 /// Opens a pidfd of the process that connected: by its socket, or by its number, on older kernels.
 fn peer_pidfd(socket: &Private<OwnedFd>, pid: libc::pid_t) -> crate::Result<OwnedFd> {
+    let ended = crate::Error::sys("a pidfd of who connects");
     match getsockopt(&**socket, sockopt::PeerPidfd) {
         Ok(pidfd) => Ok(pidfd),
-        Err(Errno::ENOPROTOOPT) => open_pidfd(pid),
+        Err(Errno::ENOPROTOOPT) => {
+            let pidfd = open_pidfd(pid)?;
+            // The number may by now be another's, if the one that connected has ended: then it has hung up.
+            if has_hung_up(socket.as_fd()) { Err(ended(Errno::ESRCH)) } else { Ok(pidfd) }
+        }
         // It has ended: its number may be another's.
-        Err(errno) => Err(crate::Error::sys("a pidfd of who connects")(errno)),
+        Err(errno) => Err(ended(errno)),
     }
 }

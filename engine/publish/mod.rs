@@ -42,7 +42,7 @@ use crate::vmap::fill::{FillProgress, fill_all};
 use crate::vmap::{Vmap, owner_only, refuse_nested};
 use crate::{Error, Result};
 use listener::{Listener, Policy};
-use outsider::Publication;
+use outsider::{Most, Publication};
 
 /// Says what a process gets that connects ([`PublishOptions::policy`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,6 +62,7 @@ pub struct PublishOptions {
     policy: Policy,
     read_only_clients: bool,
     processes: usize,
+    processes_per_client: usize,
     greeting: Duration,
 }
 
@@ -73,6 +74,7 @@ impl Default for PublishOptions {
             policy: Box::new(move |peer| if peer.uid == own { Access::ReadWrite } else { Access::Refused }),
             read_only_clients: false,
             processes: 1024,
+            processes_per_client: usize::MAX,
             greeting: Duration::from_secs(5),
         }
     }
@@ -118,6 +120,14 @@ impl PublishOptions {
         self
     }
 
+    /// Sets to how many of these processes one that connects may come, itself and those that it forks included; unless set, to all
+    /// of them. A fork beyond that gets no regions, as one beyond [`PublishOptions::processes`].
+    #[must_use]
+    pub fn processes_per_client(mut self, most: usize) -> Self {
+        self.processes_per_client = most;
+        self
+    }
+
     /// Sets how long a connection may say nothing before it is cut, before each of its two greetings; 5 seconds unless set.
     #[must_use]
     pub fn greeting_timeout(mut self, timeout: Duration) -> Self {
@@ -132,6 +142,7 @@ impl std::fmt::Debug for PublishOptions {
             .field("mode", &format_args!("{:o}", self.mode))
             .field("read_only_clients", &self.read_only_clients)
             .field("processes", &self.processes)
+            .field("processes_per_client", &self.processes_per_client)
             .finish_non_exhaustive()
     }
 }
@@ -216,10 +227,11 @@ impl Vmap {
         owner_only(&self.shared, "publishing a vmap at a socket")?;
         refuse_nested("publishing a vmap at a socket")?;
         let path = std::path::absolute(path).map_err(Error::io("making the path of a socket absolute"))?;
-        let PublishOptions { mode, policy, read_only_clients, processes, greeting } = options;
+        let PublishOptions { mode, policy, read_only_clients, processes, processes_per_client, greeting } = options;
+        let most = Most { processes, of_a_client: processes_per_client };
         let for_reading = if read_only_clients { Some(self.make_whole(progress)?) } else { None };
         let listened = listening(&path, mode).and_then(|(socket, identity)| {
-            let publication = Arc::new(Publication::new(self.core.id, processes, greeting)?);
+            let publication = Arc::new(Publication::new(self.core.id, most, greeting)?);
             let listener = Listener {
                 socket,
                 path: SocketPath { path: path.clone(), identity },

@@ -41,11 +41,19 @@ pub struct PeerCredentials {
     pub gid: u32,
 }
 
+/// How many processes are served.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Most {
+    pub(super) processes: usize,
+    pub(super) of_a_client: usize,
+}
+
 /// A vmap at a socket, as its listener, the keeper and the handle share it.
 #[derive(Debug)]
 pub(crate) struct Publication {
     pub(crate) vmap: u64,
-    most: usize,
+    /// Processes at the most, and how many of them one that connects may come to.
+    most: Most,
     /// How long a connection may say nothing.
     pub(crate) greeting: Duration,
     served: Mutex<Vec<Arc<SpaceCounters>>>,
@@ -54,7 +62,7 @@ pub(crate) struct Publication {
 }
 
 impl Publication {
-    pub(super) fn new(vmap: u64, most: usize, greeting: Duration) -> Result<Publication> {
+    pub(super) fn new(vmap: u64, most: Most, greeting: Duration) -> Result<Publication> {
         let bell = Bell::new().map_err(Error::sys("eventfd for a published vmap"))?;
         Ok(Publication { vmap, most, greeting, served: Mutex::default(), bell, stopped: AtomicBool::new(false) })
     }
@@ -63,14 +71,19 @@ impl Publication {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a process a place, if there is one.
+    /// Gives a process that connects a place, if there is one.
     pub(crate) fn admit(self: &Arc<Self>, counters: &Arc<SpaceCounters>) -> Option<Place> {
+        self.place(counters, Arc::default())
+    }
+
+    fn place(self: &Arc<Self>, counters: &Arc<SpaceCounters>, family: Arc<()>) -> Option<Place> {
         let mut served = self.served();
-        if served.len() >= self.most {
+        // One reference is in hand. Whoever leaves meanwhile may be counted still.
+        if served.len() >= self.most.processes || Arc::strong_count(&family) > self.most.of_a_client {
             return None;
         }
         served.push(Arc::clone(counters));
-        Some(Place { publication: Arc::clone(self), space: counters.id })
+        Some(Place { publication: Arc::clone(self), space: counters.id, family })
     }
 
     /// Has the listener end.
@@ -89,6 +102,15 @@ impl Publication {
 pub(crate) struct Place {
     pub(crate) publication: Arc<Publication>,
     space: SpaceId,
+    /// The process that connected and those that descend from it have one reference each.
+    family: Arc<()>,
+}
+
+impl Place {
+    /// Gives a process that this one forks a place, if there is one, and one for its family.
+    pub(crate) fn admit_forked(&self, counters: &Arc<SpaceCounters>) -> Option<Place> {
+        self.publication.place(counters, Arc::clone(&self.family))
+    }
 }
 
 impl Drop for Place {

@@ -755,7 +755,7 @@ impl Keeper {
         let outsider = match self.peers.get(&parent).and_then(|peer| peer.outsider.as_ref()) {
             Some(outsider) => {
                 let counters = self.shared.new_space_counters();
-                let place = outsider.place.publication.admit(&counters);
+                let place = outsider.place.admit_forked(&counters);
                 let place = place.ok_or(Error::sys("a place for one more process")(Errno::EAGAIN))?;
                 Some((counters, outsider.forked(place)))
             }
