@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kiomap::{AttachOptions, Kiobuf, Region, Shutdown, Vmap, page_size};
+use kiomap::{AttachOptions, Features, Kiobuf, Region, Shutdown, Vmap, page_size};
 use nix::unistd::geteuid;
 use support::raw::{self, ELSEWHERE, FAR, assert_gone, assert_shows, assert_sigbus_pages, in_both, page};
 use support::scene::{Rng, Told, child, settled, sourced_pages};
@@ -244,7 +244,10 @@ fn the_keeper_does_not_wait_for_itself() {
         reap_ok(pid);
         eventually("the list is dropped", || told.load(Ordering::SeqCst) != 0);
         assert_shows(page(FAR, 6), 6..8);
-        assert_count(&engine, &vmap, 1);
+        // Where another thread dropped it, the keeper has looked the page up. Without poison, what the keeper was told by is a
+        // mask: a mapping that parts the grown one, of which what lies behind is then an area of its own.
+        let is_parted = told.load(Ordering::SeqCst) == 1 && !engine.features().contains(Features::POISON);
+        assert_count(&engine, &vmap, if is_parted { 2 } else { 1 });
         drop(region);
     });
 }
