@@ -13,10 +13,10 @@
 //!
 //! 1. *A member installs nothing at an address of which another member may read the unmap.* It either keeps others from
 //!    reading until it has installed ([`Space::unheard`] is locked that long), which is done where it is the only one who
-//!    waits for the space. Or it fills the page of the vmap through the vmap's window, whose addresses nobody else has, and
-//!    wakes whoever waits at the address, who then maps what the vmap holds. So a lookup that is out of date brings a page
-//!    of a vmap that nobody asked for, with the bytes of its list, and wakes a thread that faults again: no byte is wrong
-//!    wherever it lands, whatever lies at the address by now, of this engine or not.
+//!    waits for the space; what installs then wakes, too. Or it fills the page of the vmap through the vmap's window, whose
+//!    addresses nobody else has, and wakes whoever waits at the address, who then maps what the vmap holds. So a lookup that
+//!    is out of date brings a page of a vmap that nobody asked for, with the bytes of its list, and wakes a thread that
+//!    faults again: no byte is wrong wherever it lands, whatever lies at the address by now, of this engine or not.
 //! 2. *While the owner runs, no member does.* Members read, look up and fill inside a [`Crossing`], which is open while
 //!    the owner waits for news. It closes it for its turn, then takes what was left aside, and only then does anything
 //!    else. So whatever the owner does, it does as if it were alone: no event is read that it has not applied; nothing is
@@ -28,7 +28,8 @@
 //! Where the process may, members step back behind the threads that fault (SCHED_IDLE; see [`placement`](super::placement)
 //! for why). Then the owner looks after them now and then: what none of them has read by then it reads itself, and a
 //! member that has not finished what it had begun one look before, or keeps the owner from its turn, gets the processor
-//! like any other thread. Where that happens again, the crew is let go, and not called for a while.
+//! like any other thread. Where that happens again, the crew is let go, and not called for a while; not so where it is only
+//! that the thread which a member has woken took the processor before the member had left the crossing.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -36,14 +37,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::unistd::Pid;
 
 use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
 use super::crew_roster::Roster;
 use super::crossing::{Crossing, Inside};
 use super::fault::Fault;
-use super::placement::move_thread_to;
+use super::placement::{move_thread_to, move_to};
 use super::shared::EngineShared;
 use super::watch::set_policy;
 use crate::process::ledger::Private;
@@ -74,8 +77,12 @@ pub(super) struct Member {
     pub(super) answered: AtomicU64,
     /// Odd while it has a fault.
     pub(super) turn: AtomicU32,
+    /// It brings pages by a system call that wakes: the thread that waited for them may have the processor since.
+    is_waking: AtomicBool,
     /// Its thread.
     pub(super) thread: AtomicI32,
+    /// It may be on any processor, until it goes back to its own.
+    is_loose: AtomicBool,
     /// It has stepped back behind the threads that fault.
     pub(super) is_back: AtomicBool,
     /// Whose faults it answered: what is noted inside, and looked at and forgotten while the crossing is closed.
@@ -121,9 +128,30 @@ impl Member {
         self.turn.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// It begins to bring pages by system calls that wake whoever waits for them, or by others.
+    pub(super) fn wakes(&self, wakes: bool) {
+        self.is_waking.store(wakes, Ordering::Relaxed);
+    }
+
     /// It has none any more.
     pub(super) fn ends(&self) {
+        self.is_waking.store(false, Ordering::Relaxed);
         self.turn.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Goes back to its processor, if it was let go elsewhere.
+    pub(super) fn goes_back(&self, cpu: i32) {
+        if self.is_loose.load(Ordering::Relaxed) && self.is_loose.swap(false, Ordering::Relaxed) {
+            move_to(cpu as usize);
+        }
+    }
+
+    /// Lets it go to any of these processors: on its own a real-time thread may run.
+    fn lets_loose(&self, anywhere: &CpuSet) {
+        let thread = self.thread.load(Ordering::Relaxed);
+        if thread != 0 && sched_setaffinity(Pid::from_raw(thread), anywhere).is_ok() {
+            self.is_loose.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Has it step back behind the threads on its processor, or gives it the processor like any other thread; tells
@@ -139,6 +167,18 @@ impl Member {
 }
 
 const NOWHERE: i32 = -1;
+
+/// Why a member was late when the owner wanted its turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Lateness {
+    /// None was.
+    #[default]
+    None,
+    /// The thread that it has woken took the processor, as it should.
+    HasWoken,
+    /// It does not get a processor.
+    Hindered,
+}
 
 /// What the owner and the members share.
 pub(crate) struct Crew {
@@ -160,6 +200,8 @@ pub(crate) struct Crew {
     /// Rung when the crew is sent to sleep.
     bell: Option<Bell>,
     owner_bell: Arc<Bell>,
+    /// The processors where members may be.
+    anywhere: CpuSet,
     #[cfg(test)]
     pub(super) panic: AtomicBool,
 }
@@ -199,7 +241,9 @@ impl Crew {
                 cpu: AtomicI32::new(NOWHERE),
                 answered: AtomicU64::new(0),
                 turn: AtomicU32::new(0),
+                is_waking: AtomicBool::new(false),
                 thread: AtomicI32::new(0),
+                is_loose: AtomicBool::new(false),
                 is_back: AtomicBool::new(false),
                 seen: Default::default(),
             })
@@ -218,6 +262,8 @@ impl Crew {
             members,
             bell,
             owner_bell: Arc::clone(owner_bell),
+            // Without it they stay where they are.
+            anywhere: sched_getaffinity(Pid::from_raw(0)).unwrap_or_default(),
             #[cfg(test)]
             panic: AtomicBool::new(false),
         }))
@@ -303,10 +349,18 @@ impl Crew {
     }
 
     /// Waits until no member is reading, looking up or filling; tells whether one had to be called forward for that.
-    pub(crate) fn close(&self) -> bool {
-        let mut called = false;
-        self.crossing.close_with(PATIENCE, || called = self.call_forward());
-        called
+    pub(crate) fn close(&self) -> Lateness {
+        let mut lateness = Lateness::None;
+        self.crossing.close_with(PATIENCE, || {
+            self.members.iter().for_each(|member| member.lets_loose(&self.anywhere));
+            let has_woken = self.members.iter().any(|member| member.is_waking.load(Ordering::Relaxed));
+            lateness = match self.call_forward() {
+                false => Lateness::None,
+                true if has_woken => Lateness::HasWoken,
+                true => Lateness::Hindered,
+            };
+        });
+        lateness
     }
 
     /// Gives every member the processor like any other thread.

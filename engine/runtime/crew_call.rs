@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::crew::{Crew, HANDLERS_MAX, Member, REMEMBERED};
+use super::crew::{Crew, HANDLERS_MAX, Lateness, Member, REMEMBERED};
 use super::crew_roster::Roster;
 use crate::space::SpaceId;
 use crate::sys::clock;
@@ -201,13 +201,15 @@ impl Caller {
         stuck || (still && few && found > 0)
     }
 
-    /// Looks after the members, the crossing being closed: whether they get a processor (`late`: one had to be called forward;
+    /// Looks after the members, the crossing being closed: whether they get a processor (`lateness`: one had to be called forward;
     /// `found`: faults that none of them had read), and now and then whether they are still needed, and where.
-    pub(crate) fn review(&mut self, crew: &Crew, late: bool, found: usize) -> Review {
+    pub(crate) fn review(&mut self, crew: &Crew, lateness: Lateness, found: usize) -> Review {
         if self.always {
             return Review::GoOn;
         }
         let now = now_ms();
+        let late = lateness == Lateness::Hindered;
+        self.forward |= lateness == Lateness::HasWoken;
         // The owner may have been woken by anything: what comes too soon after a look says nothing.
         let mut hindered = late;
         if late || now - self.looked_ms >= i64::from(TICKS_MS.0) {

@@ -63,6 +63,7 @@ fn serve(crew: &Crew, member: &Member, held: &Cell<Option<Fault>>) {
                     (0..TURNS_WITHOUT_A_LOOK).take_while(|_| serve_one(crew, member, token, &mut message, held));
                 answered.for_each(drop);
             }
+            member.goes_back(cpu);
         }
     }
 }
@@ -81,6 +82,7 @@ fn serve_one(crew: &Crew, member: &Member, token: u64, buffer: &mut MsgBuffer, h
             return false;
         }
         Read::Left => false,
+        Read::Woken => true,
         Read::Done { uffd, range } => {
             add(&crew.shared.counters.wakes, 1);
             // It can only fail for a range that no process could have.
@@ -100,6 +102,8 @@ enum Read {
     Aside,
     /// A fault whose page could not be filled is left to the owner.
     Left,
+    /// Who waited was woken when the pages came.
+    Woken,
     /// Who waits in a range is to be woken.
     Done {
         uffd: Arc<Private<Userfault>>,
@@ -165,7 +169,8 @@ fn read_one(
         add(&counters.write_faults, 1);
     }
     fill.plan.count(counters, fill.area, fill.wanted, fault.write);
-    if fill.run() {
+    let filled = fill.run(member);
+    if filled != Filled::Failed {
         crew.shared.latency.record(fault.since);
         member.answered.fetch_add(1, Ordering::Relaxed);
         member.saw(id, fault.tid, inside);
@@ -173,8 +178,22 @@ fn read_one(
         // Events may have been read since: it is old news.
         return Read::Left;
     }
+    if filled == Filled::Woken {
+        return Read::Woken;
+    }
     // What was not filled and finds no place is woken too: its thread faults again, and its new message waits in the kernel.
     Read::Done { uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
+}
+
+/// What came of filling.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Filled {
+    /// The wanted page could not be filled.
+    Failed,
+    /// The pages are there. Perhaps somebody still waits for them.
+    Unheard,
+    /// The pages are there, and the system call that brought them all has woken whoever waited.
+    Woken,
 }
 
 /// What answers a simple fault.
@@ -228,7 +247,7 @@ impl<'a> Fill<'a> {
         (self.pages.end - self.pages.start) as usize * page_size()
     }
 
-    /// Installs pages up to `end`, and wakes nobody.
+    /// Installs pages up to `end`; wakes whoever waits where they are missing, and nobody elsewhere.
     fn install(&self, pgoff: u64, end: u64) -> Install {
         let page = page_size();
         let (skipped, len) = ((pgoff - self.pages.start) as usize * page, (end - pgoff) as usize * page);
@@ -239,24 +258,34 @@ impl<'a> Fill<'a> {
         match (self.way, bytes) {
             // SAFETY: the list holds these pages from there on. It is that of an area, which the owner does not take out
             // while this thread is inside; no thread holds a reference to a page that is missing.
-            (Way::There(uffd), Some(src)) => unsafe { uffd.copy_unheard(self.start() + skipped, src, len) },
-            (Way::There(uffd), None) => uffd.zeropage_unheard(self.start() + skipped, len),
+            (Way::There(uffd), Some(src)) => unsafe { uffd.copy(self.start() + skipped, src, len) },
+            (Way::There(uffd), None) => uffd.zeropage(self.start() + skipped, len),
             // SAFETY: as above; the window is the vmap's alone.
             (Way::Aside(window), Some(src)) => unsafe { window.copy(pgoff, src, len) },
             (Way::Aside(window), None) => window.zeropage(pgoff, len),
         }
     }
 
-    /// Fills the pages; answers `false` if the wanted page could not be filled.
-    fn run(&self) -> bool {
+    /// Fills the pages.
+    fn run(&self, member: &Member) -> Filled {
         let mut pgoff = self.pages.start;
         let mut alone = false;
+        let mut outcome = match self.way {
+            Way::There(_) => Filled::Woken,
+            Way::Aside(_) => Filled::Unheard,
+        };
+        // The thread that is woken may take the processor before this one knows that it was.
+        member.wakes(outcome == Filled::Woken);
         while pgoff < self.pages.end {
             let install = self.install(pgoff, if alone { pgoff + 1 } else { self.pages.end });
             let filled = (install.bytes / page_size()) as u64;
             let own = &*self.area.target.vmap.counters;
             self.source.count(install, &self.crew.shared.counters, own, &self.space.counters, add);
             pgoff += filled;
+            if install.stop.is_some() {
+                // What was there already, or did not come, may be waited for.
+                outcome = Filled::Unheard;
+            }
             match install.stop {
                 None => alone = false,
                 Some(Stop::Present) => {
@@ -274,10 +303,10 @@ impl<'a> Fill<'a> {
                 // A neighbour before it: not worth more.
                 Some(_) if pgoff < self.wanted => pgoff = self.wanted,
                 Some(_) if !alone => alone = true,
-                Some(_) => return false,
+                Some(_) => return Filled::Failed,
             }
         }
-        true
+        outcome
     }
 }
 
@@ -285,7 +314,38 @@ impl<'a> Fill<'a> {
 mod tests {
     use std::sync::atomic::Ordering;
 
+    use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use nix::unistd::Pid;
+
     use crate::{AttachOptions, Engine, Kiobuf};
+
+    /// The only reader of a space makes no more calls for a fault than a bare loop: none that only wakes.
+    #[test]
+    fn a_member_that_is_alone_wakes_by_the_call_that_brings_the_page() {
+        let me = Pid::from_raw(0);
+        let allowed = sched_getaffinity(me).unwrap();
+        let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
+        let mut one = CpuSet::new();
+        one.set(first).unwrap();
+        // Its threads inherit it: there is a place for one member.
+        sched_setaffinity(me, &one).unwrap();
+        let engine = Engine::builder().fault_around_pages(1).handlers(2).handlers_standing_by(true).build().unwrap();
+        sched_setaffinity(me, &allowed).unwrap();
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; 256 * crate::page_size()]).unwrap();
+        let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
+        let mut byte = [0];
+        for page in 0..256 {
+            region.read_at(page * crate::page_size(), &mut byte).unwrap();
+            assert_eq!(byte, [7]);
+        }
+        engine.settle().unwrap();
+        let members = &engine.crew_for_tests().members;
+        let answered: u64 = members.iter().map(|member| member.answered.load(Ordering::Relaxed)).sum();
+        assert!(answered > 128, "{answered}");
+        let stats = engine.stats();
+        assert_eq!((stats.pages_copied, stats.wakes), (256, 0));
+    }
 
     /// A panic of a member loses no fault: the page comes, and the engine goes on without a crew.
     #[test]

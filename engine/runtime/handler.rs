@@ -18,7 +18,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use super::around::FaultAround;
 use super::bell::{Bell, EpollFd};
 use super::command::{Changing, Command, Forked, NotCut, NotEntered, Post, ReadDone, Stray};
-use super::crew::Crew;
+use super::crew::{Crew, Lateness};
 use super::crew_call::Caller;
 use super::crew_roster::Roster;
 use super::fault::Fault;
@@ -106,8 +106,8 @@ pub(crate) struct Handler {
     caller: Caller,
     /// Where to call the crew at the end of this turn.
     to_call: Option<Roster>,
-    /// A member of the crew had to be called forward for this turn.
-    late: bool,
+    /// Whether a member of the crew had to be called forward for this turn.
+    lateness: Lateness,
     /// Faults that this turn found and no member of the crew had read.
     found: usize,
 }
@@ -206,7 +206,7 @@ impl Handler {
             busy: None,
             turns: 0,
             to_call: caller.at_start(),
-            late: false,
+            lateness: Lateness::None,
             found: 0,
             crew: parts.crew,
             caller,

@@ -58,9 +58,6 @@ pub(crate) enum Liveness {
 /// long as nobody has registered it for write protection.
 const PROBE_ADDR: usize = 0x10_0000;
 
-/// The mode of COPY and ZEROPAGE in which nobody is woken (`UFFDIO_COPY_MODE_DONTWAKE`, and the same for the other).
-const DONT_WAKE: u64 = 1;
-
 /// The sizes of huge pages that vmaps consist of.
 const HUGE_BYTES: [usize; 2] = [2 << 20, 1 << 30];
 
@@ -290,23 +287,8 @@ impl Userfault {
     /// the source meanwhile if the copy is to be whole. An unreadable source is not unsafe: it is
     /// [`Stop::BadSource`].
     pub(crate) unsafe fn copy(&self, dst: usize, src: *const u8, len: usize) -> Install {
-        // SAFETY: the caller's promise.
-        unsafe { self.copy_as(dst, src, len, 0) }
-    }
-
-    /// As [`copy`](Userfault::copy), but wakes nobody.
-    ///
-    /// # Safety
-    ///
-    /// As for [`copy`](Userfault::copy).
-    pub(crate) unsafe fn copy_unheard(&self, dst: usize, src: *const u8, len: usize) -> Install {
-        // SAFETY: the caller's promise.
-        unsafe { self.copy_as(dst, src, len, DONT_WAKE) }
-    }
-
-    unsafe fn copy_as(&self, dst: usize, src: *const u8, len: usize, mode: u64) -> Install {
         let mut request =
-            UffdioCopy { dst: dst as u64, src: src.expose_provenance() as u64, len: len as u64, mode, copy: 0 };
+            UffdioCopy { dst: dst as u64, src: src.expose_provenance() as u64, len: len as u64, mode: 0, copy: 0 };
         // SAFETY: the kernel checks that `src` is readable and fills only pages of `dst` that are not there; that no
         // reference covers them is the caller's promise.
         let answer = unsafe { uapi::ioctl(self.as_fd(), &mut request) };
@@ -315,16 +297,7 @@ impl Userfault {
 
     /// Installs zero pages, and wakes whoever waits there.
     pub(crate) fn zeropage(&self, dst: usize, len: usize) -> Install {
-        self.zeropage_as(dst, len, 0)
-    }
-
-    /// As [`zeropage`](Userfault::zeropage), but wakes nobody.
-    pub(crate) fn zeropage_unheard(&self, dst: usize, len: usize) -> Install {
-        self.zeropage_as(dst, len, DONT_WAKE)
-    }
-
-    fn zeropage_as(&self, dst: usize, len: usize, mode: u64) -> Install {
-        let mut request = UffdioZeropage { start: dst as u64, len: len as u64, mode, zeropage: 0 };
+        let mut request = UffdioZeropage { start: dst as u64, len: len as u64, mode: 0, zeropage: 0 };
         // SAFETY: the kernel fills only pages that are not there, with the zeros that unregistered memory would show.
         let answer = unsafe { uapi::ioctl(self.as_fd(), &mut request) };
         Install::from_kernel(answer, request.zeropage, len)

@@ -20,7 +20,7 @@ impl Handler {
         }
         self.crew.open(&self.spaces);
         let woken = self.epoll.0.wait(ready, pause).unwrap_or(0);
-        self.late = self.crew.close();
+        self.lateness = self.crew.close();
         woken
     }
 
@@ -33,11 +33,11 @@ impl Handler {
             }
             return;
         }
-        let (late, found) = (std::mem::take(&mut self.late), std::mem::take(&mut self.found));
+        let (lateness, found) = (std::mem::take(&mut self.lateness), std::mem::take(&mut self.found));
         if unfit {
             return self.let_the_crew_go();
         }
-        match self.caller.review(&self.crew, late, found) {
+        match self.caller.review(&self.crew, lateness, found) {
             Review::GoOn => {}
             Review::LetGo => self.let_the_crew_go(),
             Review::Direct(roster) => {
