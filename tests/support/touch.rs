@@ -2,7 +2,7 @@
 
 use std::arch::asm;
 use std::cell::Cell;
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
@@ -59,14 +59,17 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
 
 /// Installs the handler of refused touches; once, and before an engine that is to be asked first.
 pub(crate) fn prepare() {
-    static INSTALLED: Once = Once::new();
-    INSTALLED.call_once(|| {
-        for signal in [Signal::SIGBUS, Signal::SIGSEGV] {
-            let action = SigAction::new(SigHandler::SigAction(on_signal), SaFlags::SA_ONSTACK, SigSet::empty());
-            // SAFETY: the handler does nothing but look at its arguments and thread-local cells without destructors.
-            unsafe { sigaction(signal, &action) }.unwrap();
-        }
-    });
+    // Not a lock: a child that is forked while another thread is here would wait for that thread. To do it twice does no harm.
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    if INSTALLED.load(Ordering::Acquire) {
+        return;
+    }
+    for signal in [Signal::SIGBUS, Signal::SIGSEGV] {
+        let action = SigAction::new(SigHandler::SigAction(on_signal), SaFlags::SA_ONSTACK, SigSet::empty());
+        // SAFETY: the handler does nothing but look at its arguments and thread-local cells without destructors.
+        unsafe { sigaction(signal, &action) }.unwrap();
+    }
+    INSTALLED.store(true, Ordering::Release);
 }
 
 fn outcome<T>(value: T) -> Result<T, Refused> {
