@@ -85,6 +85,7 @@ pub use runtime::around::{FAULT_AROUND_MAX_PAGES, FaultAround};
 pub use runtime::crew::HANDLERS_MAX;
 pub use runtime::engine::{Engine, EngineBuilder, Shutdown};
 pub use runtime::placement::Placement;
+pub use runtime::stripes::STRIPES_MAX;
 pub use runtime::workers::WORKERS_MAX;
 pub use snapshot::{AreaSnapshot, Snapshot, SpaceSnapshot, VmapSnapshot};
 pub use source::file::{FileOptions, FileSource};

@@ -12,6 +12,7 @@ use nix::sys::stat::fstat;
 use crate::page::page_size;
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
+use crate::space::stripes::is_stripe;
 use crate::space::{AreaRecord, Space, SpaceId};
 use crate::stats::SpaceCounters;
 use crate::sys::Userfault;
@@ -60,7 +61,7 @@ pub struct SpaceSnapshot {
     /// The process's id; 0 for a forked child that has not reported yet.
     pub pid: i32,
     /// Threads whose faults the engine has not read yet, as the kernel counts them (`pending` in the fdinfo of its
-    /// userfaultfd).
+    /// userfaultfds).
     pub pending: u64,
     /// Threads that wait for a page, read or not (`total`).
     pub total: u64,
@@ -133,8 +134,19 @@ impl Snapshot {
         let mut vmaps = vmaps.iter().map(|vmap| VmapSnapshot::of(vmap)).collect::<Result<Vec<_>>>()?;
         vmaps.sort_by_key(|vmap| vmap.id);
         let mut areas = view.areas.iter();
-        let spaces = view.spaces.iter().map(|space| SpaceSnapshot::of(space, areas.by_ref()));
-        Ok(Snapshot { vmaps, spaces: spaces.collect::<Result<_>>()? })
+        let mut spaces = Vec::<SpaceSnapshot>::new();
+        for space in view.spaces.iter() {
+            let snapshot = SpaceSnapshot::of(space, areas.by_ref())?;
+            match spaces.first_mut() {
+                // The own process comes first.
+                Some(own) if is_stripe(space.counters.id) => own.add(snapshot),
+                _ => spaces.push(snapshot),
+            }
+        }
+        if let Some(own) = spaces.first_mut() {
+            own.areas.sort_unstable_by_key(|area| area.start);
+        }
+        Ok(Snapshot { vmaps, spaces })
     }
 }
 
@@ -163,6 +175,15 @@ impl SpaceSnapshot {
         };
         let areas = areas.take(space.nr_areas).map(AreaSnapshot::of).collect();
         Ok(SpaceSnapshot { pid: space.counters.pid.load(Ordering::Relaxed), pending, total, areas })
+    }
+}
+
+impl SpaceSnapshot {
+    /// Adds what another space of the same process has.
+    fn add(&mut self, stripe: SpaceSnapshot) {
+        self.pending += stripe.pending;
+        self.total += stripe.total;
+        self.areas.extend(stripe.areas);
     }
 }
 

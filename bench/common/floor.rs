@@ -27,7 +27,8 @@ pub(crate) enum With {
 /// Memory, untouched, and threads that answer for it.
 pub(crate) struct Floor {
     memory: Arc<Mapping>,
-    pages: usize,
+    /// The first of the pages by which loops are told that they are done.
+    done: usize,
     handlers: Vec<JoinHandle<u64>>,
 }
 
@@ -71,6 +72,31 @@ impl Floor {
             uffd.register(&memory)?;
             (memory, uffd)
         };
+        Floor::start_on(memory, uffd, with, pages, pages, source, cpus)
+    }
+
+    /// Starts a loop on each of some processors, with a userfaultfd and a mapping of its own: all of one memfd.
+    pub(crate) fn start_apart(pages: usize, source: &Source, way: OpenWay, cpus: &[usize]) -> Result<Vec<Floor>> {
+        let all = pages + cpus.len();
+        let fd = memfd(all)?;
+        let start = |(which, &cpu): (usize, &usize)| {
+            let memory = Mapping::of(Some(&fd), all * page_size())?;
+            let uffd = Uffd::open(way, Waiting::Read)?;
+            uffd.register(&memory)?;
+            Floor::start_on(memory, uffd, With::Copy(1), pages, pages + which, source.clone(), &[Some(cpu)])
+        };
+        cpus.iter().enumerate().map(start).collect()
+    }
+
+    fn start_on(
+        memory: Mapping,
+        uffd: Uffd,
+        with: With,
+        pages: usize,
+        done: usize,
+        source: Source,
+        cpus: &[Option<usize>],
+    ) -> Result<Floor> {
         let (memory, uffd) = (Arc::new(memory), Arc::new(uffd));
         let start = |&cpu: &Option<usize>| {
             let (uffd, range, source) = (Arc::clone(&uffd), Arc::clone(&memory), source.clone());
@@ -85,7 +111,7 @@ impl Floor {
             handler.context("starting the floor's handler")
         };
         let handlers = cpus.iter().map(start).collect::<Result<_>>()?;
-        Ok(Floor { memory, pages, handlers })
+        Ok(Floor { memory, done, handlers })
     }
 
     /// The address of the first page.
@@ -95,7 +121,7 @@ impl Floor {
 
     /// Ends the loops; how many faults they answered.
     pub(crate) fn finish(self) -> Result<u64> {
-        for page in self.pages..self.pages + self.handlers.len() {
+        for page in self.done..self.done + self.handlers.len() {
             // Whichever loop reads of this page is done.
             // SAFETY: the page lies within the mapping; no reference to it exists.
             unsafe { self.memory.as_ptr().add(page * page_size()).write_volatile(1) };

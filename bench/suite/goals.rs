@@ -82,6 +82,7 @@ const RULES: &[Rule] = &[
     ratio(Of::Wall, "seq_engine_2m", "seq_native_memfd", 0.35),
     speed("scale_engine_threads_2", "scale_engine_threads_1", 1.7),
     speed("scale_engine_shared_2", "scale_engine_threads_1", 1.7),
+    speed("scale_engine_stripes_2", "scale_engine_threads_1", 1.7),
     speed("scale_engine_engines_2", "scale_engine_threads_1", 1.7),
     speed("scale_engine_processes_2", "scale_engine_processes_1", 1.7),
     speed("scale_engine_in_thread_2", "scale_engine_in_thread_1", 1.7),

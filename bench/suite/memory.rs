@@ -51,6 +51,14 @@ impl Served {
         Ok(Served { region, engine })
     }
 
+    /// The same, in so many stripes.
+    pub(crate) fn in_stripes(builder: EngineBuilder, list: &Kiobuf, stripes: usize) -> Result<Served> {
+        let engine = builder.build().context("building an engine")?;
+        let vmap = engine.vmap(list).context("publishing a list")?;
+        let region = vmap.attach(&AttachOptions::new().stripes(stripes)).context("attaching a region in stripes")?;
+        Ok(Served { region, engine })
+    }
+
     pub(crate) fn base(&self) -> usize {
         self.region.as_ptr().expose_provenance()
     }

@@ -4,7 +4,7 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use kiomap::{AttachOptions, Delivery, Engine, EngineBuilder, Kiobuf, Vmap, page_size};
+use kiomap::{AttachOptions, Delivery, Engine, EngineBuilder, Kiobuf, STRIPES_MAX, Vmap, page_size};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork};
 
@@ -216,6 +216,26 @@ pub(crate) fn group(bench: &Bench) -> Group {
                 .native(&native),
             );
         }
+        if n > 1 {
+            let about = format!(
+                "{} and as many bare loops with a userfaultfd and a mapping each, of one memfd, each pair on a processor",
+                plural(n, "thread")
+            );
+            series.push(
+                Series::new(format!("scale_floor_object_{n}"), about, pages, move |bench, repetition| {
+                    begin(bench, Place::Free)?;
+                    let cpus: Vec<_> = bench.cpus.iter().copied().take(n).collect();
+                    let floors = Floor::start_apart(pages, &bench.source, bench.way, &cpus)?;
+                    let bases: Vec<usize> = floors.iter().map(Floor::base).collect();
+                    let orders = orders(pages, n, Share::Own, repetition);
+                    let span = by_threads(bench, &bases, &orders, Contents::Marks, true)?;
+                    floors.into_iter().try_for_each(|floor| floor.finish().map(drop))?;
+                    Ok(span.sample(bench, pages))
+                })
+                .floor(&floor)
+                .native(&native),
+            );
+        }
         let engine = |name: String, about: String, build: fn() -> EngineBuilder, touch: Touch| {
             Series::new(name, about, pages, move |bench, repetition| {
                 begin(bench, Place::Free)?;
@@ -249,6 +269,22 @@ pub(crate) fn group(bench: &Bench) -> Group {
                 },
             ));
         }
+        // As many stripes with one thread, which goes over all of them: what stripes cost.
+        let stripes = bench.cpus.len().clamp(2, STRIPES_MAX);
+        let about =
+            format!("the engine, one page a fault, {threads} with a part each of a region in {stripes} stripes");
+        series.push(
+            Series::new(format!("scale_engine_stripes_{n}"), about, pages, move |bench, repetition| {
+                begin(bench, Place::Free)?;
+                let served = Served::in_stripes(one_page(), &list(&bench.source, pages)?, stripes)?;
+                let orders = orders(pages, n, Share::Own, repetition);
+                let span = by_threads(bench, &vec![served.base(); n], &orders, Contents::Marks, false)?;
+                served.finish()?;
+                Ok(span.sample(bench, pages))
+            })
+            .floor(&floor)
+            .native(&native),
+        );
         if n > 1 {
             let about =
                 format!("{n} engines side by side, each for a part of the range and its thread, one page a fault");

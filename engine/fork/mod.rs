@@ -388,7 +388,8 @@ fn map_all(shared: &Arc<EngineShared>, records: &[AreaRecord], taken: &Taken) ->
         let mapping = vmap.object.map(len, offset, Placement::Reserved(start))?;
         attached.mappings.push(mapping);
         if let Some(mapping) = attached.mappings.last() {
-            vmap.register(&attached.uffd, mapping).map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
+            let registered = vmap.register(&attached.uffd, mapping.addr(), mapping.len());
+            registered.map_err(Error::sys("UFFDIO_REGISTER in a forked child"))?;
             if vmap.residency.is_downgraded(vmap.lock(mapping)?) {
                 attached.unlocked.push(record.region);
             }

@@ -1,6 +1,7 @@
 //! Attaching: from options to a mapped, registered, counted region, or to nothing at all.
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -16,7 +17,8 @@ use crate::runtime::handles::Request;
 use crate::runtime::insert::{Inserted, NewArea, insert};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
-use crate::space::{AreaRecord, OWN_SPACE};
+use crate::runtime::stripes::{STRIPES_MAX, Stripes};
+use crate::space::{AreaRecord, OWN_SPACE, SpaceId};
 use crate::stats::add;
 use crate::sys::Userfault;
 use crate::trace::tell;
@@ -49,6 +51,7 @@ pub struct AttachOptions {
     sharing: Sharing,
     exact: bool,
     inherit: bool,
+    stripes: usize,
 }
 
 impl Default for AttachOptions {
@@ -61,6 +64,7 @@ impl Default for AttachOptions {
             sharing: Sharing::Shared,
             exact: false,
             inherit: true,
+            stripes: 1,
         }
     }
 }
@@ -115,6 +119,24 @@ impl AttachOptions {
         self.inherit = inherit;
         self
     }
+
+    /// Sets in how many parts, equal and side by side, the region is served, from 1 to [`STRIPES_MAX`]; 1 unless set.
+    ///
+    /// Threads that fault on several processors at once meet in the kernel's locks of the one userfaultfd that a region has, and
+    /// two of them bring little more than one. With stripes each part has a userfaultfd of its own, and threads that keep
+    /// to a part each are served as if they were processes (see [`EngineBuilder::handlers`](crate::EngineBuilder::handlers)).
+    /// Threads that all touch everything gain nothing.
+    ///
+    /// Every promise of a region holds, but for the kernel it is as many mappings as stripes, and it counts as many
+    /// ([`Vmap::refcount`]), as one that was cut does. One `mremap` must stay within a stripe (`EFAULT` else, as for every two
+    /// mappings), a stripe can't be grown into the next, and a transparent huge page can't lie over a border
+    /// ([`Region::collapse`]). A stripe costs a descriptor, which is kept for later regions, and a mapping
+    /// (`vm.max_map_count`). A forked child has the same areas with one userfaultfd. An attach in a child, and
+    /// one with in-thread delivery, where nobody waits at a userfaultfd, can't be in stripes.
+    pub fn stripes(mut self, stripes: usize) -> Self {
+        self.stripes = stripes;
+        self
+    }
 }
 
 impl Vmap {
@@ -126,9 +148,11 @@ impl Vmap {
     ///
     /// [`Error::Misaligned`] for a length, an offset or an address that is not whole huge pages, where the vmap has those;
     /// [`Error::PrivateRefused`] for a private mapping; [`Error::Invalid`] for a length of zero, a misaligned address,
-    /// or an offset that does not fit; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
+    /// an offset that does not fit, or stripes that are none, too many, more than pages, or not for this delivery;
+    /// [`Error::NotOwner`] for stripes in a forked child; [`Error::OutsideList`] (`ENXIO`) for an exact attach that is too long;
     /// [`Error::AddressTaken`]; [`Error::MemoryLock`] when the vmap is to be locked in memory, or all memory of the process
-    /// is (`mlockall`), and the kernel refuses that; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with
+    /// is (`mlockall`), and the kernel refuses that; [`Error::Open`] when there is no userfaultfd for
+    /// a stripe; [`Error::Shutdown`]; [`Error::NotInherited`]; [`Error::Sys`] with
     /// `ENOMEM` for want of address space or mappings, or with `EAGAIN` when other threads unmap, move or advise on areas
     /// without a pause for ten seconds. Mappings, count and registrations are then as before.
     pub fn attach(&self, options: &AttachOptions) -> Result<Region> {
@@ -153,6 +177,9 @@ struct Plan {
     len: usize,
     offset: u64,
     placement: Placement,
+    stripes: usize,
+    /// The smallest part, in bytes.
+    unit: usize,
 }
 
 impl Plan {
@@ -193,7 +220,21 @@ impl Plan {
             size.check_multiple("the address of a region", options.addr.unwrap_or(0) as u64, 1)?;
         }
         let offset = core.object.offset_of(options.pgoff)?;
-        Ok(Plan { len: (len_pages * page) as usize, offset, placement })
+        let (len, unit, stripes) = ((len_pages * page) as usize, size.bytes(), options.stripes);
+        let refused = |rule| Err(invalid("the stripes of a region", stripes as u64, rule));
+        if !(1..=STRIPES_MAX).contains(&stripes) {
+            return refused("there must be from 1 to 64");
+        }
+        if stripes > 1 && stripes > len / unit {
+            return refused("there can't be more than the region has pages");
+        }
+        Ok(Plan { len, offset, placement, stripes, unit })
+    }
+
+    /// The bytes of the region that a stripe is.
+    fn stripe(&self, which: usize) -> Range<usize> {
+        let border = |which| self.len / self.unit * which / self.stripes * self.unit;
+        border(which)..border(which + 1)
     }
 }
 
@@ -210,6 +251,10 @@ fn attach(
     // Until the end: what is counted here may have to be called back for.
     let _attaching = shared.begin_attach().ok_or(Error::Shutdown)?;
     let plan = Plan::new(options, core)?;
+    if plan.stripes > 1 && shared.delivers_in_thread() {
+        let rule = "with in-thread delivery threads bring their own pages: there must be 1";
+        return Err(Error::Invalid { what: "the stripes of a region", value: plan.stripes as u64, rule });
+    }
     if core.read_only && options.writable {
         return Err(Error::sys("attaching for writing what may be read only")(Errno::EACCES));
     }
@@ -218,6 +263,11 @@ fn attach(
         Local::Owner { uffd } | Local::Child { uffd, .. } => uffd,
         Local::Lost { why } => return Err(Error::NotInherited { why: why.clone() }),
     };
+    let stripes = match (&*local, plan.stripes) {
+        (_, 1) => None,
+        (Local::Owner { .. }, nr) => Some(Stripes::take(shared, nr)?),
+        _ => return Err(Error::NotOwner { what: "attaching in stripes" }),
+    };
     let mapping = {
         // From mmap to MADV_DONTFORK, no fork: a child must not get the mapping.
         let _gate = gate();
@@ -225,11 +275,23 @@ fn attach(
     };
     // Registered, it would be taken for what the hidden area before it has grown by.
     mapping.set_apart()?;
+    let part = |(which, (space, uffd))| {
+        let Range { start, end } = plan.stripe(which);
+        Part { space, uffd, start: mapping.addr() + start, end: mapping.addr() + end }
+    };
+    let stripes_or_own = match &stripes {
+        None => vec![(OWN_SPACE, &***uffd)],
+        Some(stripes) => stripes.as_slice().iter().map(|stripe| (stripe.space, &**stripe.uffd)).collect(),
+    };
+    let parts: Vec<_> = stripes_or_own.into_iter().enumerate().map(part).collect();
+    let registration = Registration { parts: &parts, mapping: &mapping, served: Cell::new(0) };
     if !core.read_only {
         // The kernel registers no mapping of a file that can't be written to. Every page of it is there.
-        core.register(uffd, &mapping).map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+        for part in &parts {
+            let registered = core.register(part.uffd, part.start, part.end - part.start);
+            registered.map_err(Error::sys("UFFDIO_REGISTER of a region"))?;
+        }
     }
-    let registration = Registration { uffd, mapping: &mapping, served: Cell::new(false) };
     // Registered and still hidden: even a kernel that brought pages for it could not bring zeros.
     let locked = core.lock(&mapping)?;
     let downgraded = core.residency.is_downgraded(locked);
@@ -258,7 +320,8 @@ fn attach(
                     _ => return Err(Error::sys("the answer to an attach")(Errno::EPROTO)),
                 }
             };
-            registration.served(options.writable)?;
+            registration.counted();
+            registration.reveal(options.writable)?;
             if let Some(transition) = transition {
                 transition(first);
             }
@@ -270,6 +333,8 @@ fn attach(
             first
         }
     };
+    drop(registration);
+    drop(parts);
     let region = Region {
         core: Arc::clone(core),
         shared: Arc::clone(shared),
@@ -282,8 +347,8 @@ fn attach(
         first,
         locked,
         depth: depth(),
+        _stripes: stripes,
     };
-    drop(registration);
     mapping.release();
     tell!(
         DEBUG,
@@ -303,22 +368,34 @@ fn attach(
     Ok(region)
 }
 
+/// A part of a mapping that is served by a userfaultfd: all of it, or a stripe.
+struct Part<'a> {
+    space: SpaceId,
+    uffd: &'a Userfault,
+    start: usize,
+    end: usize,
+}
+
 /// A mapping that is registered, and perhaps not served.
 ///
 /// Unmapping it would wait for the fault-handling thread to read of it, which may have ended by the time when an attach
 /// finds that out. So it is taken out first, and hidden before that: what is not registered would be zeros.
 struct Registration<'a> {
-    uffd: &'a Userfault,
+    parts: &'a [Part<'a>],
     mapping: &'a Mapping,
-    /// The area is in the table: its end is to be reported.
-    served: Cell<bool>,
+    /// Parts that are areas in a table: their ends are to be reported.
+    served: Cell<usize>,
 }
 
 impl Registration<'_> {
-    /// The engine serves it: only now may it be touched. A thread that touched it before, by a pointer into what was
+    /// The engine serves one part more.
+    fn counted(&self) {
+        self.served.set(self.served.get() + 1);
+    }
+
+    /// The engine serves all of it: only now may it be touched. A thread that touched it before, by a pointer into what was
     /// there earlier, would be taken for one that touches what nobody knows.
-    fn served(&self, writable: bool) -> Result<()> {
-        self.served.set(true);
+    fn reveal(&self, writable: bool) -> Result<()> {
         self.mapping.join()?;
         self.mapping.reveal(writable)
     }
@@ -327,8 +404,11 @@ impl Registration<'_> {
 impl Drop for Registration<'_> {
     fn drop(&mut self) {
         // In a child forked meanwhile there is no mapping, and the descriptor is nobody's.
-        if !self.served.get() && self.mapping.hide().is_ok() {
-            let _ = self.uffd.unregister(self.mapping.addr(), self.mapping.len());
+        let unserved = self.parts.get(self.served.get()..).unwrap_or_default();
+        if !unserved.is_empty() && self.mapping.hide().is_ok() {
+            for part in unserved {
+                let _ = part.uffd.unregister(part.start, part.end - part.start);
+            }
         }
     }
 }
@@ -355,20 +435,25 @@ fn count_and_insert(
 ) -> Result<bool> {
     let first = core.open(callbacks::caller(shared, core), transition.is_some())?;
     let _transition = (first || transition.is_some()).then(|| TransitionGuard(core, shared));
-    let mapping = registration.mapping;
-    let area = NewArea {
-        start: mapping.addr(),
-        end: mapping.addr() + mapping.len(),
-        pgoff: options.pgoff,
-        region,
-        writable: options.writable,
-        inherit: options.inherit,
-    };
-    if let Err(error) = insert_patiently(shared, core, area) {
-        core.take_back(first);
-        return Err(error);
+    for (which, part) in registration.parts.iter().enumerate() {
+        if which > 0 {
+            core.open_again();
+        }
+        let area = NewArea {
+            start: part.start,
+            end: part.end,
+            pgoff: options.pgoff + ((part.start - registration.mapping.addr()) / page_size()) as u64,
+            region,
+            writable: options.writable,
+            inherit: options.inherit,
+        };
+        if let Err(error) = insert_patiently(shared, part.space, core, area) {
+            core.take_back(first && which == 0);
+            return Err(error);
+        }
+        registration.counted();
     }
-    registration.served(options.writable)?;
+    registration.reveal(options.writable)?;
     if let Some(transition) = transition {
         transition(first);
     }
@@ -376,10 +461,10 @@ fn count_and_insert(
 }
 
 /// Has a counted area of the engine's process served, as soon as its address space does not change.
-fn insert_patiently(shared: &EngineShared, core: &Arc<VmapCore>, area: NewArea) -> Result<()> {
+fn insert_patiently(shared: &EngineShared, space: SpaceId, core: &Arc<VmapCore>, area: NewArea) -> Result<()> {
     let mut patience = Patience::new();
     loop {
-        match insert(shared, OWN_SPACE, core, area)? {
+        match insert(shared, space, core, area)? {
             Inserted::Served => return Ok(()),
             Inserted::Later => patience.wait()?,
         }

@@ -21,6 +21,7 @@ use crate::runtime::command::{Changing, Command};
 use crate::runtime::patience::Patience;
 use crate::runtime::shared::EngineShared;
 use crate::runtime::strays::{Finding, find};
+use crate::runtime::stripes::Stripes;
 use crate::space::{OWN_SPACE, Pieces};
 use crate::trace::tell;
 use crate::vmap::Vmap;
@@ -54,6 +55,8 @@ pub struct Region {
     locked: bool,
     /// The process in which it was attached.
     depth: u32,
+    /// Other regions have them when this one is unmapped.
+    _stripes: Option<Stripes>,
 }
 
 impl Region {

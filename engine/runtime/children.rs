@@ -3,8 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use super::command::{Command, Forked};
 use super::handles::Request;
+use super::patience::Patience;
 use super::shared::EngineShared;
 use crate::process::ledger::Private;
 use crate::publish::outsider::Outsider;
@@ -25,10 +28,18 @@ pub(crate) fn fork_space(
         Some((counters, outsider)) => (counters, Some(Box::new((outsider, None)))),
         None => (shared.new_space_counters(), None),
     };
-    let child = Arc::clone(&counters);
-    let Forked { records, outcome } =
-        shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
-    outcome.map_err(Error::sys("making room for a child's areas"))?;
+    let mut patience = Patience::new();
+    let records = loop {
+        let child = Arc::clone(&counters);
+        let Forked { records, outcome } =
+            shared.handler.ask(|reply| Command::Fork { parent, child, records: MmapVec::new(), reply })?;
+        match outcome {
+            Ok(()) => break records,
+            // Its address space is changing.
+            Err(Errno::EAGAIN) => patience.wait()?,
+            Err(errno) => return Err(Error::sys("making room for a child's areas")(errno)),
+        }
+    };
     shared.keeper.send(Request::Nascent { counters, lifeline, outsider });
     Ok(records)
 }

@@ -145,6 +145,9 @@ pub(crate) enum Command {
         aside: Option<Arc<Private<Userfault>>>,
         reply: Ticket<Result<(), Errno>>,
     },
+    /// Serves a stripe, which has no area yet; it goes back if that can't be.
+    #[allow(clippy::type_complexity, reason = "what is refused is given back")]
+    TakeStripe { space: Space, reply: Ticket<Result<(), (Space, Errno)>> },
     /// Serves a foreign space; it goes back if that can't be.
     #[allow(clippy::type_complexity, reason = "what is refused is given back")]
     TakeForeign { new: NewForeign, reply: Ticket<Result<(), (NewForeign, Errno)>> },

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::crew::{Crew, HANDLERS_MAX, Lateness, Member, REMEMBERED};
-use super::crew_roster::Roster;
+use super::crew_roster::{Roster, is_same_thread};
 use crate::space::SpaceId;
 use crate::sys::clock;
 
@@ -130,10 +130,12 @@ impl Caller {
             return None;
         }
         let known = self.threads.iter().position(|&known| known == seen).unwrap_or(THREADS - 1);
+        // A thread that goes from stripe to stripe is one.
+        let switches = !is_same_thread(seen, self.threads[0]);
         self.threads[..=known].rotate_right(1);
         self.threads[0] = seen;
-        self.switches += 1;
-        if self.switches < self.switches_before_a_look || crew.is_on() {
+        self.switches += u32::from(switches);
+        if !switches || self.switches < self.switches_before_a_look || crew.is_on() {
             return None;
         }
         self.switches = 0;

@@ -7,6 +7,7 @@ use super::crew::HANDLERS_MAX;
 use super::whereabouts;
 use crate::space::SpaceId;
 use crate::space::foreign::is_foreign;
+use crate::space::stripes::is_same_process;
 
 /// Spaces for which one member waits, at the most; the others are left to the owner.
 const SPACES: usize = 8;
@@ -46,7 +47,9 @@ impl Roster {
     /// scheduler, and parted again as soon as they needn't.
     pub(crate) fn of(threads: &[(SpaceId, i32)], allowed: &Roster, most: usize) -> Roster {
         let mut roster = Roster::EMPTY;
-        let most = most.min(threads.len());
+        let is_first =
+            |&(at, seen): &(usize, &(SpaceId, i32))| !threads[..at].iter().any(|&of| is_same_thread(of, *seen));
+        let most = most.min(threads.iter().enumerate().filter(is_first).count());
         for &(space, thread) in threads {
             if let Some(cpu) = whereabouts::of(thread) {
                 roster.add(cpu as i32, most, Some(space));
@@ -107,9 +110,15 @@ impl Roster {
     }
 }
 
+/// Tells whether faults of spaces are one thread's: numbers of threads say that within one process only.
+pub(crate) fn is_same_thread(one: (SpaceId, i32), other: (SpaceId, i32)) -> bool {
+    one.1 == other.1 && is_same_process(one.0, other.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::space::stripes::STRIPE;
 
     #[test]
     fn the_same_threads_in_another_order_are_the_same_roster() {
@@ -128,6 +137,15 @@ mod tests {
         assert_eq!(found.posts().len(), allowed.posts().len().min(2));
         assert_eq!(Roster::of(&[(1, me)], &allowed, 4).posts().len(), 1);
         assert_eq!(Roster::of(&[(1, i32::MAX), (1, i32::MAX - 1)], &allowed, 4), Roster::EMPTY);
+    }
+
+    /// A thread that touches several stripes needs one member, who waits for all of them.
+    #[test]
+    fn a_thread_in_several_stripes_is_one() {
+        let (me, allowed) = (nix::unistd::gettid().as_raw(), Roster::everywhere());
+        let roster = Roster::of(&[(STRIPE | 1, me), (STRIPE | 2, me), (0, me)], &allowed, 4);
+        assert_eq!(roster.posts().len(), 1);
+        assert_eq!([STRIPE | 1, STRIPE | 2, 0, 1].map(|space| roster.waiters(space)), [1, 1, 1, 0]);
     }
 
     #[test]

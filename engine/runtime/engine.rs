@@ -21,6 +21,7 @@ use super::keeper::Keeper;
 use super::placement::{Placement, Placer};
 use super::shared::{EngineShared, new_engine_id};
 use super::slow::Slow;
+use super::stripes::IdleStripes;
 use super::threads::{self, Role, contain};
 use super::watch::Watch;
 use super::workers::{Pool, Roll, WORKERS_MAX};
@@ -35,6 +36,7 @@ use crate::process::open_pidfd;
 use crate::snapshot::{Snapshot, View};
 use crate::space::OWN_SPACE;
 use crate::space::foreign::is_foreign;
+use crate::space::stripes::{is_own, is_stripe};
 use crate::stats::latency::FaultLatency;
 use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
@@ -302,6 +304,7 @@ impl EngineBuilder {
             next_space: AtomicU64::new(OWN_SPACE + 1),
             next_region: AtomicU64::new(1),
             next_vmap: AtomicU64::new(1),
+            idle_stripes: IdleStripes::default(),
             jobs: Jobs::default(),
             retired: AtomicBool::new(false),
             attaching: AtomicUsize::new(0),
@@ -495,7 +498,13 @@ impl Engine {
     /// [`Error::NotOwner`] in a forked child.
     pub fn spaces(&self) -> Result<Vec<SpaceStats>> {
         self.owner_only("listing spaces")?;
-        Ok(self.shared.spaces().iter().map(|counters| counters.snapshot()).collect())
+        let spaces = self.shared.spaces();
+        let (stripes, processes): (Vec<_>, Vec<_>) = spaces.iter().partition(|counters| is_stripe(counters.id));
+        let mut stats: Vec<_> = processes.iter().map(|counters| counters.snapshot()).collect();
+        if let Some(own) = stats.first_mut() {
+            stripes.iter().for_each(|counters| own.add(&counters.snapshot()));
+        }
+        Ok(stats)
     }
 
     /// Lists every vmap, process and area as they are at this moment, for a debugger, or to be compared with what the
@@ -616,7 +625,11 @@ impl Engine {
         }
         // The thread looks whether it is done after each command.
         let _ = self.shared.handler.ask(|reply| Command::Barrier { reply });
-        let own_areas = self.shared.spaces().first().map_or(0, |own| own.areas.load(Ordering::Relaxed));
+        let own_areas: u64 = {
+            let spaces = self.shared.spaces();
+            let own = spaces.iter().filter(|space| is_own(space.id));
+            own.map(|space| space.areas.load(Ordering::Relaxed)).sum()
+        };
         let has_adopted = self.shared.spaces().iter().any(|space| is_foreign(space.id));
         let mut threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         threads.extend(background);

@@ -34,7 +34,8 @@ use crate::page::{is_aligned, page_floor, page_size};
 use crate::process::ledger::Private;
 use crate::space::foreign::is_foreign;
 use crate::space::mmap_vec::MmapVec;
-use crate::space::table::{Area, AreaTable, Change};
+use crate::space::stripes::{areas_of, is_own, is_striped, spaces_of};
+use crate::space::table::{Area, AreaTable, Change, InsertError};
 use crate::space::{AreaRecord, NO_SPACE, OWN_SPACE, Pieces, Space, SpaceId, Target};
 use crate::stats::latency::Moment;
 use crate::stats::{SpaceCounters, add};
@@ -611,19 +612,26 @@ impl Handler {
     fn found(&mut self, lookup: LookupId, finding: Finding) -> std::result::Result<(), Changing> {
         let Some(&Lookup { space: id, addr, cause, .. }) = self.strays.get(lookup) else { return Ok(()) };
         let Some(index) = self.index_of(id) else { return Ok(()) };
+        let (finding, doubtful) = uncover(&self.spaces[index], addr, cause, finding);
+        // Where a process has stripes, what goes on in the same file may be another's, of which an event is not read yet.
+        let doubtful = doubtful || (is_striped(&self.spaces, id) && matches!(finding, Finding::Vmap(_)));
+        let changing = doubtful && spaces_of(&self.spaces, id).any(is_changing);
+        let others = spaces_of(&self.spaces, id).filter(|other| other.id != id).map(|other| other.table.gap(addr));
+        let free = others.fold(0..usize::MAX, |free, gap| free.start.max(gap.start)..free.end.min(gap.end));
         let space = &mut self.spaces[index];
-        let (finding, doubtful) = uncover(space, addr, cause, finding);
         // Nothing can be entered without memory.
         let starved = matches!(finding, Finding::Vmap(_)) && space.table.try_reserve(1).is_err();
         // An event that is not read yet may be of the unmap after which somebody else has got the addresses.
-        if starved || (doubtful && is_changing(space)) {
+        if starved || changing {
             return Err(Changing);
         }
         let Some(Lookup { fault, untouched, .. }) = self.strays.take(lookup) else { return Ok(()) };
         let known = match &finding {
             // An event that came meanwhile told of it.
             _ if space.table.find(addr).is_some() => Ok(true),
-            Finding::Vmap(shown) => adopt(space, addr, shown, &untouched).inspect(|&adopted| {
+            // What was unmapped with a stripe beside it is asked about anew.
+            _ if !untouched.contains(&addr) => Err(Errno::ENOENT),
+            Finding::Vmap(shown) => adopt(space, addr, shown, &within(&untouched, &free)).inspect(|&adopted| {
                 space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
                 add(&self.shared.counters.adopted, adopted.into());
             }),
@@ -770,18 +778,15 @@ impl Handler {
             Command::Insert { space, area, reply } => reply.answer(self.insert(space, area)),
             Command::Pieces { space, region, reply } => {
                 let mut pieces = Pieces::default();
-                if let Some(index) = self.index_of(space) {
-                    for area in self.spaces[index].table.pieces_of(region) {
-                        pieces.push(area.start, area.end);
-                    }
+                for area in spaces_of(&self.spaces, space).flat_map(|space| space.table.pieces_of(region)) {
+                    pieces.push(area.start, area.end);
                 }
                 reply.answer(pieces);
             }
             Command::Piece { region, start, end, reply } => {
-                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index].table);
-                let piece = own.and_then(|table| {
-                    table.overlapping(start, end).find(|area| area.region == region && !area.leaving)
-                });
+                let own = spaces_of(&self.spaces, OWN_SPACE).flat_map(|space| space.table.overlapping(start, end));
+                let pieces = own.filter(|area| area.region == region && !area.leaving);
+                let piece = pieces.min_by_key(|area| area.start);
                 reply.answer(piece.map(|area| {
                     let range = area.start.max(start)..area.end.min(end);
                     let pgoff = area.pgoff_of(range.start);
@@ -790,25 +795,25 @@ impl Handler {
             }
             Command::Leave { region, reply } => {
                 self.leavers += 1;
-                let table = self.index_of(OWN_SPACE).map(|index| &mut self.spaces[index].table);
-                reply.answer(table.map_or(0, |table| table.mark_leaving(region)));
+                let own = self.spaces.iter_mut().filter(|space| is_own(space.id));
+                reply.answer(own.map(|space| space.table.mark_leaving(region)).sum());
             }
             Command::Left => self.leavers -= 1,
             Command::Overlap { start, end, reply } => {
-                let own = self.index_of(OWN_SPACE).map(|index| &self.spaces[index]);
-                let mut areas = own.into_iter().flat_map(|own| own.table.overlapping(start, end));
-                let hit = areas.next().map(|area| area.start.max(start));
+                let own = spaces_of(&self.spaces, OWN_SPACE).flat_map(|space| space.table.overlapping(start, end));
+                let hit = own.map(|area| area.start.max(start)).min();
                 // As for a new area: the one that was hit may have ended, and the addresses be somebody else's.
-                let unsure = hit.is_some() && own.is_some_and(is_changing);
+                let unsure = hit.is_some() && spaces_of(&self.spaces, OWN_SPACE).any(is_changing);
                 reply.answer(if unsure { Err(Changing) } else { Ok(hit) });
             }
             Command::Fork { parent, child, mut records, reply } => {
+                self.catch_up(parent);
                 let outcome = self.fork(parent, child, &mut records);
                 reply.answer(Forked { records, outcome });
             }
             Command::Inherited { parent, skip, most, mut records, reply } => {
-                let table = self.index_of(parent).map(|index| &self.spaces[index].table);
-                let mut wanted = table.into_iter().flat_map(inherited).skip(skip).take(most);
+                self.catch_up(parent);
+                let mut wanted = areas_of(&self.spaces, parent).filter(is_inherited).skip(skip).take(most);
                 let outcome = wanted.try_for_each(|area| records.try_push(AreaRecord::of(area)));
                 reply.answer(Forked { records, outcome: outcome.map_err(|(_, errno)| errno) });
             }
@@ -833,6 +838,7 @@ impl Handler {
                 };
                 reply.answer(outcome);
             }
+            Command::TakeStripe { space, reply } => reply.answer(self.take_stripe(space)),
             Command::TakeForeign { new, reply } => reply.answer(self.take_foreign(new)),
             Command::Spares { spares } => self.take_spares(spares),
             Command::Bring { bring, reply } => reply.answer(self.bring(&bring)),
@@ -869,7 +875,12 @@ impl Handler {
                 reply.answer((view, outcome));
             }
             Command::Probe { space, addr, reply } => {
-                let known = self.index_of(space).is_none_or(|index| self.spaces[index].table.find(addr).is_some());
+                let knows = |space: &Space, addr| space.table.find(addr).is_some();
+                let known =
+                    self.index_of(space).is_none() || spaces_of(&self.spaces, space).any(|space| knows(space, addr));
+                // It is about what ends there, which may be a stripe's.
+                let before = spaces_of(&self.spaces, space).find(|space| knows(space, addr.wrapping_sub(1)));
+                let space = before.map_or(space, |before| before.id);
                 reply.answer(if known { None } else { self.strays.probe(space, addr, Cause::Behind) });
             }
             Command::Found { lookup, finding, reply } => {
@@ -901,15 +912,51 @@ impl Handler {
     #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be allocated")]
     fn insert(&mut self, space: SpaceId, area: Area<Target>) -> std::result::Result<(), NotEntered> {
         let Some(index) = self.index_of(space).filter(|_| !self.retired) else { return Err(NotEntered::Ended(area)) };
-        let space = &mut self.spaces[index];
         // The kernel gives addresses up first and reports it then. Until every report is read, one of them may be of
         // the very addresses that the new area has by now, and would be taken for its end.
-        if is_changing(space) {
+        if spaces_of(&self.spaces, space).any(is_changing) {
             return Err(NotEntered::Changing(area));
         }
+        let space = &mut self.spaces[index];
         space.table.insert(area).map_err(NotEntered::Table)?;
         space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Serves a stripe from here on.
+    #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be freed")]
+    fn take_stripe(&mut self, space: Space) -> std::result::Result<(), (Space, Errno)> {
+        let Some(uffd) = space.uffd.as_ref().filter(|_| !self.retired) else { return Err((space, Errno::ESHUTDOWN)) };
+        let crewed = self.crew.is_on() && self.caller.roster().waiters(space.id) > 0;
+        let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+        let added = self.spaces.try_reserve(1);
+        let added = added.and_then(|()| self.epoll.0.add(&***uffd, EpollEvent::new(flags, space.id)));
+        if let Err(errno) = added {
+            return Err((space, errno));
+        }
+        if let Err(errno) = self.crew.wait_for(self.caller.roster(), &space) {
+            let _ = self.epoll.0.delete(&***uffd);
+            self.crew.wait_no_more_for(self.caller.roster(), &space);
+            return Err((space, errno));
+        }
+        let at = self.spaces.partition_point(|other| other.id < space.id);
+        // Room was made.
+        let _ = self.spaces.try_insert(at, space);
+        Ok(())
+    }
+
+    /// Reads all that a process of several spaces has to say: each tells its events in order, but one may have told of an
+    /// address that it has got before another has told that it has lost it.
+    fn catch_up(&mut self, space: SpaceId) {
+        if is_striped(&self.spaces, space) {
+            for index in 0..self.spaces.len() {
+                let id = self.spaces[index].id;
+                if is_own(id) {
+                    self.read_space(id);
+                }
+            }
+            self.answer_pending();
+        }
     }
 
     /// Makes the space of a child: every area that it inherits, counted from now on.
@@ -923,15 +970,19 @@ impl Handler {
         if self.retired || (index.is_none() && parent_id != NO_SPACE) {
             return Err(Errno::ESHUTDOWN);
         }
-        let (mut table, nothing) = (AreaTable::new(), AreaTable::new());
+        let mut table = AreaTable::new();
         self.spaces.try_reserve(1)?;
-        let parent = index.map_or(&nothing, |index| &self.spaces[index].table);
-        let nr_areas = inherited(parent).count();
+        let nr_areas = areas_of(&self.spaces, parent_id).filter(is_inherited).count();
         records.try_reserve(nr_areas)?;
         table.try_reserve(nr_areas)?;
-        for area in inherited(parent) {
+        // By address, whichever space they are of: so the child goes over its own.
+        for area in areas_of(&self.spaces, parent_id).filter(is_inherited) {
             records.try_push(AreaRecord::of(area)).map_err(|(_, errno)| errno)?;
-            table.insert(area.clone()).map_err(|_| Errno::ENOMEM)?;
+            table.insert(area.clone()).map_err(|refused| match refused {
+                // A stripe has got addresses of which another has not told yet that it has lost them.
+                InsertError::Overlap(_) => Errno::EAGAIN,
+                InsertError::NoMemory(_, errno) => errno,
+            })?;
         }
         for area in table.iter() {
             area.target.vmap.open_again();
@@ -956,18 +1007,21 @@ impl Handler {
     fn cut(&mut self, child: SpaceId, start: usize, end: usize) -> std::result::Result<(), NotCut> {
         let refused = |errno| Err(NotCut::Refused(errno));
         let Some(index) = self.index_of(child) else { return refused(Errno::ESRCH) };
-        let Some(parent) = self.index_of(self.spaces[index].parent) else { return refused(Errno::ESRCH) };
+        let parent = self.spaces[index].parent;
+        if self.index_of(parent).is_none() {
+            return refused(Errno::ESRCH);
+        }
         if self.spaces[index].uffd.is_some() || !is_aligned(start) || !is_aligned(end) {
             return refused(Errno::EINVAL);
         }
-        let parent = &self.spaces[parent];
+        let parents = || spaces_of(&self.spaces, parent);
         let has = |area: &Area<Target>| {
             let (from, to) = (area.start.max(start), area.end.min(end));
-            parent.table.overlapping(from, to).any(|other| other.region == area.region)
+            parents().flat_map(|parent| parent.table.overlapping(from, to)).any(|other| other.region == area.region)
         };
         if self.spaces[index].table.overlapping(start, end).any(has) {
             // The parent may have lost it before the fork, by an event that is not read yet.
-            return if is_changing(parent) { Err(NotCut::Changing) } else { refused(Errno::EEXIST) };
+            return if parents().any(is_changing) { Err(NotCut::Changing) } else { refused(Errno::EEXIST) };
         }
         let Handler { spaces, unsent, .. } = self;
         let space = &mut spaces[index];
@@ -1005,9 +1059,14 @@ impl Drop for Handler {
     }
 }
 
-/// The areas that a child inherits.
-fn inherited(table: &AreaTable<Target>) -> impl Iterator<Item = &Area<Target>> {
-    table.iter().filter(|area| area.target.inherit && !area.leaving)
+/// Tells whether a child inherits an area.
+fn is_inherited(area: &&Area<Target>) -> bool {
+    area.target.inherit && !area.leaving
+}
+
+/// What two ranges have in common.
+fn within(one: &Range<usize>, other: &Range<usize>) -> Range<usize> {
+    one.start.max(other.start)..one.end.min(other.end)
 }
 
 /// Tells whether an event of a space is not read yet, or its thread has not run on since.

@@ -35,8 +35,9 @@ use crate::process::pid_of;
 use crate::publish::outsider::{Misdeed, Outsider, Publication, ReadOnlyRegion};
 use crate::publish::{discard_of, tell_shed};
 use crate::space::foreign::is_foreign;
+use crate::space::stripes::is_own;
 use crate::space::table::Area;
-use crate::space::{AreaRecord, OWN_SPACE, Pieces, Space, SpaceId, Target};
+use crate::space::{AreaRecord, Pieces, Space, SpaceId, Target};
 use crate::stats::{SpaceCounters, add};
 use crate::sys::{Features, Liveness, Userfault};
 use crate::trace::tell;
@@ -380,7 +381,7 @@ impl Keeper {
         own: impl FnOnce() -> io::Result<Maps>,
         of: impl FnOnce(libc::pid_t) -> io::Result<Maps>,
     ) -> Option<Maps> {
-        if space == OWN_SPACE {
+        if is_own(space) {
             return own().ok();
         }
         let pidfd = self.peers.get(&space)?.pidfd.as_ref()?;

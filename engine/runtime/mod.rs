@@ -34,6 +34,7 @@ pub(crate) mod resolve;
 pub(crate) mod shared;
 mod slow;
 pub(crate) mod strays;
+pub(crate) mod stripes;
 pub(crate) mod threads;
 pub(crate) mod watch;
 mod whereabouts;

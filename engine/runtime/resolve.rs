@@ -18,8 +18,9 @@ use super::slow::Slow;
 use crate::fork::masks;
 use crate::page::page_size;
 use crate::process::mask::{Masked, give_up, mask, mask_while_changing};
+use crate::space::stripes::is_own;
 use crate::space::table::Area;
-use crate::space::{OWN_SPACE, Space, Target};
+use crate::space::{Space, Target};
 use crate::stats::{Answered, EngineCounters, VmapCounters, add};
 use crate::sys::{Install, Stop, Userfault};
 use crate::vmap::page_size::PageSize;
@@ -83,7 +84,7 @@ impl Resolver {
                 return self.wake(uffd, fault.addr);
             }
             let may_be_keeper = !self.shared.recognises_workers() || self.shared.keeper.is_thread(fault.tid);
-            if fault.space == OWN_SPACE && may_be_keeper {
+            if is_own(fault.space) && may_be_keeper {
                 // Code of the application, on the thread that would look the address up.
                 return self.refuse_stray(space, fault);
             }
@@ -127,7 +128,7 @@ impl Resolver {
     /// Tells whether the thread that faulted is one of the workers. Another process's thread ids may be of another
     /// namespace.
     pub(crate) fn is_worker(&self, fault: &Fault) -> bool {
-        fault.space == OWN_SPACE && self.slow.roll.has(fault.tid)
+        is_own(fault.space) && self.slow.roll.has(fault.tid)
     }
 
     /// Answers a worker's touch of a page that a worker would have to read: waiting for that may be for ever.
@@ -238,7 +239,7 @@ impl Resolver {
     /// through a userfaultfd that reports no changes, and is not held up by them; `None` if there is none, or the page can't
     /// be had. If the page is given up meanwhile, the thread faults on a missing one.
     fn map_aside(&self, space: &Space, uffd: &Userfault, fault: &Fault) -> Option<Answer> {
-        let install = if space.id == OWN_SPACE {
+        let install = if is_own(space.id) {
             let area = space.table.find(fault.addr)?;
             area.target.window.as_ref()?.map_at(fault.addr)
         } else {
@@ -313,7 +314,7 @@ impl Resolver {
             return answer;
         }
         match resident {
-            Some(Answer::Later) if space.id == OWN_SPACE && fault.retries >= RETRIES_BEFORE_MASK => {
+            Some(Answer::Later) if is_own(space.id) && fault.retries >= RETRIES_BEFORE_MASK => {
                 return self.mask_while_changing(space, uffd, fault);
             }
             Some(answer) => return answer,

@@ -1,7 +1,7 @@
 //! What an engine's threads and handles share.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crossbeam_channel::Sender;
@@ -11,9 +11,11 @@ use super::bell::Bell;
 use super::command::Command;
 use super::handles::{HandlerHandle, KeeperHandle, Request, handler_handle, keeper_channel};
 use super::jobs::Jobs;
+use super::stripes::IdleStripes;
 use crate::fork::link::Local;
 use crate::process::gate;
 use crate::space::foreign::FOREIGN;
+use crate::space::stripes::STRIPE;
 use crate::stats::latency::Counts;
 use crate::stats::shards::{Owners, Sharded};
 use crate::stats::{Counters, SpaceCounters};
@@ -49,6 +51,7 @@ pub(crate) struct EngineShared {
     pub(super) next_space: AtomicU64,
     pub(super) next_region: AtomicU64,
     pub(super) next_vmap: AtomicU64,
+    pub(crate) idle_stripes: IdleStripes,
     /// What is done in the background.
     pub(crate) jobs: Jobs,
     /// No attach, no fill any more.
@@ -104,6 +107,7 @@ impl EngineShared {
             next_space: AtomicU64::new(1),
             next_region: AtomicU64::new(1),
             next_vmap: AtomicU64::new(1),
+            idle_stripes: IdleStripes::default(),
             jobs: Jobs::default(),
             retired: AtomicBool::new(false),
             attaching: AtomicUsize::new(0),
@@ -189,6 +193,13 @@ impl EngineShared {
     pub(crate) fn new_space_counters(&self) -> Arc<SpaceCounters> {
         let id = self.next_space.fetch_add(1, Ordering::Relaxed);
         Arc::new(SpaceCounters { id, ..SpaceCounters::default() })
+    }
+
+    /// For a part of this process.
+    pub(crate) fn new_stripe_counters(&self) -> Arc<SpaceCounters> {
+        let id = self.next_space.fetch_add(1, Ordering::Relaxed) | STRIPE;
+        let pid = AtomicI32::new(nix::unistd::getpid().as_raw());
+        Arc::new(SpaceCounters { id, pid, ..SpaceCounters::default() })
     }
 
     /// For a process whose memory is not the engine's.

@@ -18,8 +18,9 @@ use super::workers::{Roll, THREADS_MAX};
 use crate::kiobuf::{ReadUnit, TryRead};
 use crate::page::page_size;
 use crate::source::GRANULE_MAX_BYTES;
+use crate::space::stripes::is_own;
 use crate::space::table::Area;
-use crate::space::{OWN_SPACE, Space, Target};
+use crate::space::{Space, Target};
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{Stop, Userfault};
@@ -197,7 +198,7 @@ impl Resolver {
         if self.is_worker(fault) {
             return false;
         }
-        if fault.space != OWN_SPACE || !self.shared.keeper.is_thread(fault.tid) {
+        if !is_own(fault.space) || !self.shared.keeper.is_thread(fault.tid) {
             return true;
         }
         let Slow { reads, roll, .. } = &self.slow;

@@ -20,6 +20,7 @@ use super::fault::Fault;
 use crate::page::page_size;
 use crate::process::maps::{Maps, Vma};
 use crate::space::mmap_vec::MmapVec;
+use crate::space::stripes::is_same_process;
 use crate::space::table::Area;
 use crate::space::{Space, SpaceId, Target};
 use crate::vmap::object::{FileId, Owner};
@@ -190,8 +191,13 @@ impl Strays {
             return;
         }
         self.lookups.drain_where(|lookup| lookup.space == space && gone.contains(&lookup.addr), drop);
-        for Lookup { addr, untouched, .. } in self.lookups.iter_mut().filter(|lookup| lookup.space == space) {
-            if gone.end <= *addr {
+        // What goes on behind the address may be of another space of the process.
+        let beside = |lookup: &&mut Lookup| is_same_process(lookup.space, space);
+        for Lookup { addr, untouched, .. } in self.lookups.iter_mut().filter(beside) {
+            if gone.contains(addr) {
+                // Of the address itself its own space tells.
+                *untouched = *addr..*addr;
+            } else if gone.end <= *addr {
                 untouched.start = untouched.start.max(gone.end);
             } else {
                 untouched.end = untouched.end.min(gone.start);

@@ -1,9 +1,11 @@
 //! One address space that the engine serves: its userfaultfd and its table of areas.
 //!
-//! The engine's own process, a forked child, and a process that handed its userfaultfd over (`foreign.rs`) are all spaces.
+//! The engine's own process, a forked child, and a process that handed its userfaultfd over (`foreign.rs`) are all spaces; so is
+//! each part of a region that has a userfaultfd of its own (`stripes.rs`).
 
 pub(crate) mod foreign;
 pub(crate) mod mmap_vec;
+pub(crate) mod stripes;
 pub(crate) mod table;
 
 use std::os::fd::OwnedFd;

@@ -237,6 +237,16 @@ pub struct SpaceStats {
     pub pages_poisoned: u64,
 }
 
+impl SpaceStats {
+    /// Adds those of another part of the same process.
+    pub(crate) fn add(&mut self, part: &SpaceStats) {
+        self.areas += part.areas;
+        self.faults += part.faults;
+        self.pages_installed += part.pages_installed;
+        self.pages_poisoned += part.pages_poisoned;
+    }
+}
+
 impl SpaceCounters {
     pub(crate) fn snapshot(&self) -> SpaceStats {
         let sum =

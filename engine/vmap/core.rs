@@ -258,10 +258,10 @@ impl VmapCore {
     }
 
     /// Registers a new mapping of its backing object.
-    pub(crate) fn register(&self, uffd: &Userfault, mapping: &Mapping) -> std::result::Result<Ioctls, Errno> {
+    pub(crate) fn register(&self, uffd: &Userfault, start: usize, len: usize) -> std::result::Result<Ioctls, Errno> {
         let register =
             if self.minor_faults { Userfault::register_missing_and_minor } else { Userfault::register_missing };
-        register(uffd, mapping.addr(), mapping.len())
+        register(uffd, start, len)
     }
 
     /// Sets the residency on a new mapping; tells whether its pages stay in memory once they are there.

@@ -235,8 +235,9 @@ impl Local {
     pub(crate) fn perform(&mut self, job: Job) -> Answer {
         let page = page_size();
         match job {
-            Job::Attach { attach: Attach { region, vmap, pgoff, pages, writable, inherit, .. }, addr } => {
+            Job::Attach { attach: Attach { region, vmap, pgoff, pages, writable, inherit, stripes, .. }, addr } => {
                 let mut options = AttachOptions::new().pgoff(pgoff).len_bytes(pages * page).inherit(inherit);
+                options = options.stripes(stripes);
                 if let Some(addr) = addr {
                     options = options.at(addr);
                 }

@@ -48,7 +48,7 @@ impl AddressSpace {
     }
 
     /// Makes a border: what follows is another area.
-    fn split(&mut self, at: usize) {
+    pub(crate) fn split(&mut self, at: usize) {
         let Some(area) = self.area_at(at).filter(|_| at > 0 && self.area_at(at - 1) == self.area_at(at)) else {
             return;
         };

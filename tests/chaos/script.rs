@@ -111,6 +111,9 @@ pub(crate) struct Attach {
     pub(crate) at: Option<usize>,
     pub(crate) writable: bool,
     pub(crate) inherit: bool,
+    /// As many as there may be: of the pages, and 1 in a forked child.
+    #[serde(default)]
+    pub(crate) stripes: usize,
 }
 
 /// One step. `process` and `vmap` are slots; `region` is a number that is given once; `at` is a page of the arena.
@@ -497,7 +500,8 @@ impl Generator {
             self.places.push(Place { process, region, at, pages });
         }
         let (writable, inherit) = (!self.chance(5), !self.chance(6));
-        let attach = Attach { region, vmap, pgoff: pgoff as u64, pages, at, writable, inherit };
+        let stripes = if self.chance(3) { 1 + self.below(6) } else { 1 };
+        let attach = Attach { region, vmap, pgoff: pgoff as u64, pages, at, writable, inherit, stripes };
         Some(Op::Attach { process, attach })
     }
 

@@ -218,7 +218,12 @@ impl Weather<'_> {
             let pages = 1 + rng.below(nr_pages - pgoff) as usize;
             let options = AttachOptions::new().pgoff(pgoff).len_bytes(pages * page_size());
             let options = if rng.below(2) == 0 { options.at(base) } else { options };
-            let region = match vmap.attach(&options) {
+            let striped = options.stripes(1 + rng.below(3.min(pages as u64)) as usize);
+            let attached = match vmap.attach(&striped) {
+                Err(kiomap::Error::NotOwner { .. }) => vmap.attach(&options),
+                attached => attached,
+            };
+            let region = match attached {
                 Ok(region) => region,
                 Err(error) => return self.report(format!("attach in a storm: {error}")),
             };

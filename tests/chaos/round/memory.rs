@@ -128,7 +128,9 @@ impl Round {
     }
 
     pub(super) fn attach(&mut self, process: usize, attach: Attach) -> Outcome {
-        let Attach { region, vmap, pgoff, pages, at, writable, inherit } = attach;
+        let Attach { region, vmap, pgoff, pages, at, writable, inherit, stripes } = attach;
+        let stripes = if process == 0 { stripes.clamp(1, pages) } else { 1 };
+        let attach = Attach { stripes, ..attach };
         let known = self.vmaps.get(vmap).and_then(Option::as_ref).is_some_and(|v| v.known & (1 << process) != 0);
         if self.process(process).is_none() || !known || at.is_some_and(|at| at + pages > ARENA) {
             return Ok(());
@@ -150,6 +152,7 @@ impl Round {
                 space.cells.extend((0..pages).map(|n| {
                     (page + n, Cell::Page { vmap, pgoff: pgoff + n as u64, area, region, access, writable, inherit })
                 }));
+                (1..stripes).for_each(|stripe| space.split(page + pages * stripe / stripes));
                 let state = RegionState { vmap, page, pages, pgoff, writable, inherit, here: true };
                 if let Some(process) = &mut self.processes[process] {
                     process.regions.insert(region, state);
