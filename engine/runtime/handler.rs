@@ -925,7 +925,11 @@ impl Handler {
 
     /// Serves a stripe from here on.
     #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be freed")]
-    fn take_stripe(&mut self, space: Space) -> std::result::Result<(), (Space, Errno)> {
+    fn take_stripe(&mut self, mut space: Space) -> std::result::Result<(), (Space, Errno)> {
+        // As much as a read of it asks for, and some areas: when its first fault comes, no mapping may be left.
+        if let Err(errno) = space.table.try_reserve(5 * MESSAGES_PER_READ) {
+            return Err((space, errno));
+        }
         let Some(uffd) = space.uffd.as_ref().filter(|_| !self.retired) else { return Err((space, Errno::ESHUTDOWN)) };
         let crewed = self.crew.is_on() && self.caller.roster().waiters(space.id) > 0;
         let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
