@@ -3,8 +3,8 @@
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::Receiver;
@@ -16,12 +16,10 @@ use super::command::{Command, Post};
 use super::crew::{Crew, HANDLERS_MAX};
 use super::handler::{Handler, Parts};
 use super::handles::{self, Request};
-use super::jobs::Jobs;
 use super::keeper::Keeper;
 use super::placement::{Placement, Placer};
-use super::shared::{EngineShared, new_engine_id};
+use super::shared::{EngineShared, Setup};
 use super::slow::Slow;
-use super::stripes::IdleStripes;
 use super::threads::{self, Role, contain};
 use super::watch::Watch;
 use super::workers::{Pool, Roll, WORKERS_MAX};
@@ -38,13 +36,11 @@ use crate::space::OWN_SPACE;
 use crate::space::foreign::is_foreign;
 use crate::space::stripes::{is_own, is_stripe};
 use crate::stats::latency::FaultLatency;
-use crate::stats::shards::{Owners, Sharded};
-use crate::stats::{Counters, SpaceCounters, SpaceStats, Stats};
+use crate::stats::{SpaceCounters, SpaceStats, Stats};
 use crate::sys::{DEFAULT_WAYS, Features, OpenWay, Opener, Userfault};
 use crate::trace::tell;
 use crate::vmap::core::Notice;
 use crate::vmap::fill::{FillProgress, fill_all};
-use crate::vmap::registry::Registry;
 use crate::vmap::{Vmap, VmapBuilder};
 use crate::{Error, Result};
 
@@ -283,32 +279,19 @@ impl EngineBuilder {
             pid: AtomicI32::new(nix::unistd::getpid().as_raw()),
             ..SpaceCounters::default()
         });
-        let shared = Arc::new(EngineShared {
-            id: new_engine_id(),
+        let shared = Arc::new(EngineShared::new(Setup {
             opener,
             way,
             features: wanted,
             fault_around: self.fault_around,
             owner_pidfd: open_pidfd(nix::unistd::getpid().as_raw())?,
-            local: RwLock::new(Arc::new(Local::Owner { uffd: Arc::clone(&uffd) })),
-            child: AtomicBool::new(false),
-            of_client: false,
+            local: Local::Owner { uffd: Arc::clone(&uffd) },
+            is_client: false,
             handler: handles::handler_handle(commands, command_inbox.clone(), Arc::clone(&handler_bell)),
             keeper: Arc::clone(&keeper_handle),
             notices: notices.clone(),
-            vmaps: Registry::default(),
-            counters: Counters::default(),
-            latency: Sharded::default(),
-            shard_owners: Owners::default(),
-            spaces: Mutex::new(vec![Arc::clone(&own)]),
-            next_space: AtomicU64::new(OWN_SPACE + 1),
-            next_region: AtomicU64::new(1),
-            next_vmap: AtomicU64::new(1),
-            idle_stripes: IdleStripes::default(),
-            jobs: Jobs::default(),
-            retired: AtomicBool::new(false),
-            attaching: AtomicUsize::new(0),
-        });
+            spaces: vec![Arc::clone(&own)],
+        }));
         let (jobs, job_inbox) = crossbeam_channel::bounded(workers::THREADS_MAX);
         let (done, done_inbox) = crossbeam_channel::bounded(workers::THREADS_MAX);
         let (alive, workers_ended) = crossbeam_channel::bounded(0);

@@ -821,18 +821,14 @@ impl Handler {
             Command::Adopt { space, uffd, masks, aside, reply } => {
                 let outcome = match self.index_of(space) {
                     Some(index) => {
-                        let crewed = self.crew.is_on() && self.caller.roster().waiters(space) > 0;
-                        let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
-                        let added = self.epoll.0.add(&**uffd, EpollEvent::new(flags, space));
                         let entry = &mut self.spaces[index];
                         (entry.uffd, entry.masks, entry.aside) = (Some(uffd), masks, aside);
-                        let added = added.and_then(|()| self.crew.wait_for(self.caller.roster(), entry));
-                        if added.is_err() {
-                            self.deafen(index);
+                        let heard = self.hear(index);
+                        if heard.is_err() {
                             let entry = &mut self.spaces[index];
                             (entry.uffd, entry.masks, entry.aside) = (None, None, None);
                         }
-                        added
+                        heard
                     }
                     None => Err(Errno::ESRCH),
                 };
@@ -930,23 +926,21 @@ impl Handler {
         if let Err(errno) = space.table.try_reserve(5 * MESSAGES_PER_READ) {
             return Err((space, errno));
         }
-        let Some(uffd) = space.uffd.as_ref().filter(|_| !self.retired) else { return Err((space, Errno::ESHUTDOWN)) };
-        let crewed = self.crew.is_on() && self.caller.roster().waiters(space.id) > 0;
-        let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
-        let added = self.spaces.try_reserve(1);
-        let added = added.and_then(|()| self.epoll.0.add(&***uffd, EpollEvent::new(flags, space.id)));
-        if let Err(errno) = added {
+        if self.retired {
+            return Err((space, Errno::ESHUTDOWN));
+        }
+        if let Err(errno) = self.spaces.try_reserve(1) {
             return Err((space, errno));
         }
-        if let Err(errno) = self.crew.wait_for(self.caller.roster(), &space) {
-            let _ = self.epoll.0.delete(&***uffd);
-            self.crew.wait_no_more_for(self.caller.roster(), &space);
-            return Err((space, errno));
-        }
-        let at = self.spaces.partition_point(|other| other.id < space.id);
-        // Room was made.
-        let _ = self.spaces.try_insert(at, space);
-        Ok(())
+        let index = self.enter_space(space);
+        self.hear(index).map_err(|errno| (self.spaces.remove(index), errno))
+    }
+
+    /// Enters a space in its place, for which room was made; answers where that is.
+    fn enter_space(&mut self, space: Space) -> usize {
+        let index = self.spaces.partition_point(|other| other.id < space.id);
+        let _ = self.spaces.try_insert(index, space);
+        index
     }
 
     /// Reads all that a process of several spaces has to say: each tells its events in order, but one may have told of an
@@ -1003,8 +997,8 @@ impl Handler {
             counters: child,
             unheard: Mutex::new(None),
         };
-        let at = self.spaces.partition_point(|other| other.id < space.id);
-        self.spaces.try_insert(at, space).map_err(|(_, errno)| errno)
+        self.enter_space(space);
+        Ok(())
     }
 
     /// Takes a range out of a child's areas, as an unmap of it would.
@@ -1033,6 +1027,20 @@ impl Handler {
         space.table.unmap(start, end, |change| note(change, unsent)).map_err(NotCut::Refused)?;
         space.counters.areas.store(space.table.len() as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Waits for what a space says; its crew does, where that is on.
+    fn hear(&self, index: usize) -> std::result::Result<(), Errno> {
+        let space = &self.spaces[index];
+        let Some(uffd) = &space.uffd else { return Err(Errno::EBADF) };
+        let crewed = self.crew.is_on() && self.caller.roster().waiters(space.id) > 0;
+        let flags = if crewed { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+        let added = self.epoll.0.add(&***uffd, EpollEvent::new(flags, space.id));
+        let heard = added.and_then(|()| self.crew.wait_for(self.caller.roster(), space));
+        if heard.is_err() {
+            self.deafen(index);
+        }
+        heard
     }
 
     /// Waits for nothing of a space any more.

@@ -14,6 +14,7 @@ use super::jobs::Jobs;
 use super::stripes::IdleStripes;
 use crate::fork::link::Local;
 use crate::process::gate;
+use crate::space::OWN_SPACE;
 use crate::space::foreign::FOREIGN;
 use crate::space::stripes::STRIPE;
 use crate::stats::latency::Counts;
@@ -72,13 +73,58 @@ impl Drop for Attaching<'_> {
     }
 }
 
+/// What differs between the engine's own process and a client of it.
+pub(super) struct Setup {
+    pub(super) opener: Opener,
+    pub(super) way: OpenWay,
+    pub(super) features: Features,
+    pub(super) fault_around: FaultAround,
+    pub(super) owner_pidfd: OwnedFd,
+    pub(super) local: Local,
+    pub(super) is_client: bool,
+    pub(super) handler: HandlerHandle,
+    pub(super) keeper: Arc<KeeperHandle>,
+    pub(super) notices: Sender<Notice>,
+    pub(super) spaces: Vec<Arc<SpaceCounters>>,
+}
+
 /// Numbers an engine, in this process and its forked children.
-pub(super) fn new_engine_id() -> u64 {
+fn new_engine_id() -> u64 {
     static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
     NEXT_ENGINE.fetch_add(1, Ordering::Relaxed)
 }
 
 impl EngineShared {
+    /// Makes what an engine's threads and handles share.
+    pub(super) fn new(setup: Setup) -> EngineShared {
+        EngineShared {
+            id: new_engine_id(),
+            opener: setup.opener,
+            way: setup.way,
+            features: setup.features,
+            fault_around: setup.fault_around,
+            owner_pidfd: setup.owner_pidfd,
+            local: RwLock::new(Arc::new(setup.local)),
+            child: AtomicBool::new(setup.is_client),
+            of_client: setup.is_client,
+            handler: setup.handler,
+            keeper: setup.keeper,
+            notices: setup.notices,
+            vmaps: Registry::default(),
+            counters: Counters::default(),
+            latency: Sharded::default(),
+            shard_owners: Owners::default(),
+            spaces: Mutex::new(setup.spaces),
+            next_space: AtomicU64::new(OWN_SPACE + 1),
+            next_region: AtomicU64::new(1),
+            next_vmap: AtomicU64::new(1),
+            idle_stripes: IdleStripes::default(),
+            jobs: Jobs::default(),
+            retired: AtomicBool::new(false),
+            attaching: AtomicUsize::new(0),
+        }
+    }
+
     /// Makes what a process has of an engine in another process that is not an ancestor. It is as in a forked child, and
     /// connected by [`EngineShared::connect`].
     pub(crate) fn of_client(opener: Opener, way: OpenWay, features: Features, owner_pidfd: OwnedFd) -> Result<Self> {
@@ -86,32 +132,19 @@ impl EngineShared {
         let bell = Arc::new(Bell::new().map_err(Error::sys("eventfd for a client"))?);
         let (keeper, _) = keeper_channel().map_err(Error::sys("eventfd for a client"))?;
         let (notices, _) = crossbeam_channel::unbounded();
-        let shared = EngineShared {
-            id: new_engine_id(),
+        let shared = EngineShared::new(Setup {
             opener,
             way,
             features,
             fault_around: FaultAround::default(),
             owner_pidfd,
-            local: RwLock::new(Arc::new(Local::Lost { why: "it is not connected yet".into() })),
-            child: AtomicBool::new(true),
-            of_client: true,
+            local: Local::Lost { why: "it is not connected yet".into() },
+            is_client: true,
             handler: handler_handle(commands, unheard, bell),
             keeper: Arc::new(keeper),
             notices,
-            vmaps: Registry::default(),
-            counters: Counters::default(),
-            latency: Sharded::default(),
-            shard_owners: Owners::default(),
-            spaces: Mutex::default(),
-            next_space: AtomicU64::new(1),
-            next_region: AtomicU64::new(1),
-            next_vmap: AtomicU64::new(1),
-            idle_stripes: IdleStripes::default(),
-            jobs: Jobs::default(),
-            retired: AtomicBool::new(false),
-            attaching: AtomicUsize::new(0),
-        };
+            spaces: Vec::new(),
+        });
         // There is no such thread: whoever asks it is told so.
         shared.handler.close();
         Ok(shared)

@@ -3,7 +3,6 @@
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::{Handler, MESSAGES_PER_READ, is_changing};
 use crate::adopt::Refusal;
@@ -25,21 +24,18 @@ impl Handler {
     /// Serves a foreign space from here on.
     #[allow(clippy::result_large_err, reason = "what is refused is given back; a box would be freed")]
     pub(super) fn take_foreign(&mut self, new: NewForeign) -> Result<(), (NewForeign, Errno)> {
-        let NewForeign { space, spares } = &new;
         if self.retired {
             return Err((new, Errno::ESHUTDOWN));
         }
-        let Some(uffd) = &space.uffd else { return Err((new, Errno::EBADF)) };
-        let room = self.spaces.try_reserve(1).and_then(|()| self.spares.try_reserve(spares.len()));
-        let added = room.and_then(|()| self.epoll.0.add(&***uffd, EpollEvent::new(EpollFlags::EPOLLIN, space.id)));
-        if let Err(errno) = added {
+        if let Err(errno) = self.spaces.try_reserve(1).and_then(|()| self.spares.try_reserve(new.spares.len())) {
             return Err((new, errno));
         }
         let NewForeign { space, spares } = new;
+        let index = self.enter_space(space);
+        if let Err(errno) = self.hear(index) {
+            return Err((NewForeign { space: self.spaces.remove(index), spares }, errno));
+        }
         self.take_spares(spares);
-        let at = self.spaces.partition_point(|other| other.id < space.id);
-        // Room was made.
-        let _ = self.spaces.try_insert(at, space);
         Ok(())
     }
 
@@ -54,9 +50,8 @@ impl Handler {
     /// Enters the spaces of children whose forks were read. They are served when the keeper has their userfaultfds.
     pub(super) fn enter_born(&mut self) {
         while let Some(space) = self.born.pop() {
-            let at = self.spaces.partition_point(|other| other.id < space.id);
             // Room for it was made before its fork was read.
-            let _ = self.spaces.try_insert(at, space);
+            self.enter_space(space);
         }
     }
 
