@@ -13,11 +13,11 @@ use kiomap::{
     Shutdown, Vmap, page_size,
 };
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use support::peer::{MEMORY, Peer};
 use support::pool::with_pool;
 use support::{
-    DEADLINE, alone, engine_builder, eventually, holes, mark, open_descriptors, pages, reap, settled_stats, source,
+    DEADLINE, alone, engine_builder, eventually, holes, mark, open_descriptors, pages, pidfd, reap, settled_stats,
+    source,
 };
 use userfaultfd::FeatureFlags;
 
@@ -48,11 +48,6 @@ macro_rules! needs_poison {
             skip!("without POISON nothing can be made a SIGBUS in another process");
         }
     };
-}
-
-fn pidfd(pid: Pid) -> OwnedFd {
-    // SAFETY: pidfd_open(2) makes a new descriptor.
-    unsafe { OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) as i32) }
 }
 
 fn area(pages: std::ops::Range<usize>, vmap: &Vmap, pgoff: u64) -> AdoptedArea {

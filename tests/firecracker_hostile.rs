@@ -158,7 +158,7 @@ const DESCRIPTORS: &[Case] = &[
     case("an eventfd", |plan| alone(plan, EventFd::new().unwrap()), Refused("userfaultfd")),
     case("an epoll", |plan| alone(plan, Epoll::new(EpollCreateFlags::empty()).unwrap().0), Refused("userfaultfd")),
     case("a memfd", |plan| alone(plan, memfd_create(c"x", MFdFlags::empty()).unwrap()), Refused("userfaultfd")),
-    case("a pidfd", |plan| alone(plan, own_pidfd()), Refused("userfaultfd")),
+    case("a pidfd", |plan| alone(plan, support::pidfd(nix::unistd::Pid::this())), Refused("userfaultfd")),
     case("its own connection", own_connection, Refused("userfaultfd")),
     case("a userfaultfd without a handshake", |plan| alone(plan, no_handshake()), Refused("")),
     case("253 that are no userfaultfd", |plan| with_more(plan, 253, false), Refused("userfaultfd")),
@@ -546,11 +546,6 @@ fn late_descriptor(plan: &Plan) {
 /// Sends a good message with a descriptor that is no good.
 fn alone(plan: &Plan, descriptor: impl AsFd) {
     await_hang_up(&sent(plan, good(plan).as_bytes(), &[descriptor.as_fd().as_raw_fd()]));
-}
-
-fn own_pidfd() -> OwnedFd {
-    // SAFETY: a plain system call; the descriptor that it returns is new.
-    unsafe { OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) as i32) }
 }
 
 /// A userfaultfd as the system call makes it.

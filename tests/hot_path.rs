@@ -6,7 +6,7 @@ mod floor;
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use floor::{Memory, Message, Waiting};
@@ -346,8 +346,7 @@ fn events_and_commands_allocate_nothing() {
 
 /// Serves the first pages of another process by those of a list.
 fn adopt(engine: &Engine, peer: &Peer, uffd: OwnedFd, list: &Kiobuf) -> Adopted {
-    // SAFETY: pidfd_open(2) makes a new descriptor.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(libc::syscall(libc::SYS_pidfd_open, peer.pid.as_raw(), 0) as i32) };
+    let pidfd = support::pidfd(peer.pid);
     // Pages that can't be had are poisoned where the kernel has that.
     let poisons = engine.features().contains(kiomap::Features::POISON);
     let refusal = if poisons { Refusal::Sigbus } else { Refusal::Kill };

@@ -525,7 +525,7 @@ fn a_client_looks_at_what_it_is_offered() {
         let offer = |nr_pages, page_bytes, base, residency, read_only| {
             raw::frame(&[0, 1, nr_pages, page_bytes, base, 0, 0, 0, residency, 0, read_only])
         };
-        let owner = || (raw::frame(&[1]), vec![raw::pidfd(std::process::id())]);
+        let owner = || (raw::frame(&[1]), vec![support::pidfd(nix::unistd::Pid::this())]);
         for (offer, memfd, expected) in [
             (offer(4, page, 0, 0, 0), memfd(3 * page, sealed), ConnectFault::Memory),
             (offer(4, page, 0, 0, 0), memfd(4 * page, SealFlag::F_SEAL_GROW), ConnectFault::Memory),

@@ -79,7 +79,7 @@ fn a_client_unmaps_nothing_but_memory_of_the_vmap() {
                 &path,
                 vec![
                     (wire::frame(&[0, 1, 4, page, 0, 0, 0, 0, 0, features.bits(), 0]), vec![memory]),
-                    (wire::frame(&[1]), vec![wire::pidfd(std::process::id())]),
+                    (wire::frame(&[1]), vec![support::pidfd(nix::unistd::Pid::this())]),
                     (wire::frame(&[reply::DONE.into()]), vec![]),
                     (wire::frame(&[reply::ATTACHED.into(), 1]), vec![]),
                     (wire::frame(&pieces), vec![]),

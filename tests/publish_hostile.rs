@@ -17,10 +17,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use nix::unistd::Pid;
-use raw::{Line, Offer, ask, fork, frame, greet, header, knock, lifelines, pidfd, reply, userfaultfd};
+use raw::{Line, Offer, ask, fork, frame, greet, header, knock, lifelines, reply, userfaultfd};
 use support::scene::{Rng, at};
 use support::{
-    DEADLINE, alone, alone_for, engine_builder, eventually, mark, open_descriptors, pages, threads, touch,
+    DEADLINE, alone, alone_for, engine_builder, eventually, mark, open_descriptors, pages, pidfd, threads, touch,
     without_poison,
 };
 
@@ -133,10 +133,14 @@ const KINDS: &[Kind] = &[
         Cut,
     ),
     Kind("an_end_before_the_greeting", Offered(|line, _| say(line, &frame(&[ask::BYE]), &[])), Cut),
-    Kind("a_pidfd_of_another", Offered(|line, _| say(line, &frame(&[ask::WATCH]), &[pidfd(1).as_raw_fd()])), Cut),
+    Kind(
+        "a_pidfd_of_another",
+        Offered(|line, _| say(line, &frame(&[ask::WATCH]), &[pidfd(Pid::from_raw(1)).as_raw_fd()])),
+        Cut,
+    ),
     Kind(
         "a_pidfd_of_its_own",
-        Offered(|line, _| say(line, &frame(&[ask::WATCH]), &[pidfd(std::process::id()).as_raw_fd()])),
+        Offered(|line, _| say(line, &frame(&[ask::WATCH]), &[pidfd(Pid::this()).as_raw_fd()])),
         Cut,
     ),
     Kind("a_taken_range", Offered(|line, _| say(line, &frame(&[ask::TAKEN, SOMEWHERE, SOMEWHERE + page()]), &[])), Cut),
@@ -158,7 +162,7 @@ const KINDS: &[Kind] = &[
         Offered(|line, _| hello(line, &[nix::sys::eventfd::EventFd::new().unwrap().as_raw_fd()])),
         Cut,
     ),
-    Kind("a_greeting_with_a_pidfd", Offered(|line, _| hello(line, &[pidfd(1).as_raw_fd()])), Cut),
+    Kind("a_greeting_with_a_pidfd", Offered(|line, _| hello(line, &[pidfd(Pid::from_raw(1)).as_raw_fd()])), Cut),
     Kind("a_greeting_with_the_memfd", Offered(|line, offer| hello(line, &[offer.memfd.as_raw_fd()])), Cut),
     Kind("a_greeting_with_its_own_connection", Offered(|line, _| hello(line, &[line.fd().as_raw_fd()])), Cut),
     Kind("a_userfaultfd_without_a_handshake", Offered(|line, _| hello(line, &[userfaultfd(None).as_raw_fd()])), Cut),
@@ -317,7 +321,7 @@ const KINDS: &[Kind] = &[
         "a_child_with_two_pidfds",
         Served(|line, _, _| {
             let child = fork(line).unwrap();
-            let pidfd = pidfd(std::process::id());
+            let pidfd = pidfd(Pid::this());
             let bytes = frame(&[ask::WATCH]);
             for _ in 0..2 {
                 let rights = [ControlMessage::ScmRights(&[pidfd.as_raw_fd()])];

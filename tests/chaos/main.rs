@@ -23,7 +23,7 @@ mod shrink;
 mod storm;
 
 use std::io::{Read, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -75,11 +75,7 @@ fn run(script: &Script, patience: u64) -> Ended {
         .spawn()
         .unwrap();
     let pid = child.id() as i32;
-    // SAFETY: plain numbers; a new descriptor or a negative number.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as i32;
-    assert!(pidfd >= 0, "pidfd_open: {}", std::io::Error::last_os_error());
-    // SAFETY: the descriptor just made.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    let pidfd = support::pidfd(nix::unistd::Pid::from_raw(pid));
     let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one valid entry.
     let in_time = unsafe { libc::poll(&raw mut poll, 1, ROUND.as_millis() as i32) } == 1;

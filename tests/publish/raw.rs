@@ -22,16 +22,6 @@ pub(crate) fn header(version: u32) -> Vec<u8> {
     [b"kiom".as_slice(), &version.to_le_bytes()].concat()
 }
 
-/// A pidfd of a process.
-pub(crate) fn pidfd(pid: u32) -> OwnedFd {
-    // SAFETY: a plain system call; its descriptor is new.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as RawFd;
-        assert!(fd >= 0, "{}", Errno::last());
-        OwnedFd::from_raw_fd(fd)
-    }
-}
-
 /// A number as postcard writes it.
 pub(crate) fn varint(mut value: u64) -> Vec<u8> {
     let mut bytes = Vec::new();

@@ -16,6 +16,7 @@ pub(crate) mod truth;
 pub(crate) mod web;
 
 use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -148,6 +149,16 @@ pub(crate) fn fork_child(body: impl FnOnce()) -> Pid {
             unsafe { libc::_exit(if outcome.is_ok() { 0 } else { 101 }) }
         }
     }
+}
+
+/// A pidfd of a process.
+#[track_caller]
+pub(crate) fn pidfd(pid: Pid) -> OwnedFd {
+    // SAFETY: plain numbers; a new descriptor or a negative number.
+    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) } as i32;
+    assert!(raw >= 0, "pidfd_open: {}", std::io::Error::last_os_error());
+    // SAFETY: the descriptor just made.
+    unsafe { OwnedFd::from_raw_fd(raw) }
 }
 
 /// Waits for a child and says how it ended.
