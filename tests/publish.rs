@@ -76,8 +76,9 @@ fn clients_and_the_owner_share_one_memory_and_each_area_is_counted() {
         let mut expected = vec![(first.pid().as_raw(), 1), (second.pid().as_raw(), 2)];
         expected.sort_unstable();
         assert_eq!(pids, expected);
-        // A raw unmap is counted as any: an area in two pieces is two.
+        // A raw unmap is counted as any, when its event has been followed: an area in two pieces is two.
         first.ok("unmap 20");
+        assert_count(&engine, &vmap, 5);
         assert_eq!(first.number("count"), 5);
         first.ok("detach");
         second.ok("detach");
