@@ -1,19 +1,39 @@
 //! The machine's page size, and the arithmetic of whole pages.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Returns the size of a page in bytes, as `sysconf(_SC_PAGESIZE)` reports it.
 ///
 /// # Panics
 ///
 /// If the system reports no page size, which no Linux kernel does.
+#[inline(always)]
 pub fn page_size() -> usize {
-    static SIZE: OnceLock<usize> = OnceLock::new();
-    *SIZE.get_or_init(|| {
-        let reported = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-        let bytes = reported.ok().flatten().expect("sysconf(_SC_PAGESIZE) always has a value on Linux");
-        usize::try_from(bytes).expect("a page size is positive")
-    })
+    // A shift tells the compiler that it is a power of two: what is divided by it is shifted.
+    1 << page_shift()
+}
+
+/// The binary logarithm of the page size.
+#[inline(always)]
+fn page_shift() -> u32 {
+    static SHIFT: AtomicU32 = AtomicU32::new(0);
+    match SHIFT.load(Ordering::Relaxed) {
+        0 => {
+            let shift = reported_shift();
+            SHIFT.store(shift, Ordering::Relaxed);
+            shift
+        }
+        shift => shift,
+    }
+}
+
+#[cold]
+fn reported_shift() -> u32 {
+    let reported = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    let bytes = reported.ok().flatten().expect("sysconf(_SC_PAGESIZE) always has a value on Linux");
+    let bytes = usize::try_from(bytes).expect("a page size is positive");
+    assert!(bytes.is_power_of_two() && bytes > 1, "a page of {bytes} bytes");
+    bytes.ilog2()
 }
 
 /// Rounds `bytes` up to whole pages; `None` when that overflows.

@@ -180,6 +180,7 @@ impl Extent {
     }
 
     /// Returns the pages of the list that it holds.
+    #[inline]
     pub(super) fn pages(&self) -> Range<u64> {
         self.first_page..self.first_page + self.nr_pages
     }
@@ -190,6 +191,7 @@ impl Extent {
     }
 
     /// Returns the pages of the list that hold data from their first byte to their last.
+    #[inline]
     pub(super) fn whole_pages(&self) -> Range<u64> {
         let page = page_size() as u64;
         let (start, end) = (self.valid.start.div_ceil(page), self.valid.end / page);
@@ -197,6 +199,7 @@ impl Extent {
     }
 
     /// Returns the position within the data at which a whole page begins.
+    #[inline]
     pub(super) fn data_position(&self, whole_page: u64) -> u64 {
         debug_assert!(self.whole_pages().contains(&whole_page));
         (whole_page - self.first_page) * page_size() as u64 - self.valid.start

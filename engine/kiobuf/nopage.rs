@@ -77,6 +77,7 @@ pub(super) fn read_unit(extents: &[Extent], pgoff: u64) -> Option<ReadUnit> {
 }
 
 /// Finds the extent that holds a page. `extents` are ordered and leave no gap.
+#[inline]
 pub(super) fn extent_at(extents: &[Extent], pgoff: u64) -> Option<&Extent> {
     let after = extents.partition_point(|extent| extent.first_page <= pgoff);
     let extent = &extents[..after].last()?;
@@ -84,6 +85,7 @@ pub(super) fn extent_at(extents: &[Extent], pgoff: u64) -> Option<&Extent> {
 }
 
 /// Looks a page up.
+#[inline]
 pub(super) fn nopage(extents: &[Extent], pgoff: u64) -> Nopage {
     let Some(extent) = extent_at(extents, pgoff) else {
         return Nopage::Sigbus(NoPageWhy::PastEnd);

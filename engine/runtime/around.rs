@@ -66,12 +66,14 @@ impl FaultAround {
 
     /// Chooses the pages that come with page `pgoff` of an area, of `run` (pages of one extent with one treatment), which
     /// are to be read before they are installed, or not.
+    #[inline]
     pub(crate) fn window(self, area: &Area<Target>, run: &Range<u64>, pgoff: u64, read: bool) -> Range<u64> {
         self.window_of(&area.target.streams, &clip(area, run), pgoff, pgoff == area.pgoff, read)
     }
 
     /// As [`FaultAround::window`], of pages within `bounds`, by what is remembered of faults before; `at_start` says that it is
     /// the first page of what is mapped.
+    #[inline]
     pub(crate) fn window_of(
         self,
         streams: &Streams,
@@ -91,6 +93,7 @@ impl FaultAround {
 }
 
 /// The pages of `run` that an area shows.
+#[inline]
 pub(crate) fn clip<T>(area: &Area<T>, run: &Range<u64>) -> Range<u64> {
     let mapped = area.pgoff..area.pgoff + (area.len_bytes() / page_size()) as u64;
     run.start.max(mapped.start)..run.end.min(mapped.end)

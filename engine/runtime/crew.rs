@@ -204,6 +204,9 @@ pub(crate) struct Crew {
     anywhere: CpuSet,
     #[cfg(test)]
     pub(super) panic: AtomicBool,
+    /// The same for the owner.
+    #[cfg(test)]
+    pub(super) owner_panic: AtomicBool,
 }
 
 // SAFETY: all but `spaces` is shared by its own type. `spaces` is written by the owner while the crossing is closed, and
@@ -266,6 +269,8 @@ impl Crew {
             anywhere: sched_getaffinity(Pid::from_raw(0)).unwrap_or_default(),
             #[cfg(test)]
             panic: AtomicBool::new(false),
+            #[cfg(test)]
+            owner_panic: AtomicBool::new(false),
         }))
     }
 

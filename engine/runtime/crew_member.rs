@@ -13,12 +13,11 @@ use super::crew::{ALONE, BELL_TOKEN, Crew, Member};
 use super::crossing::Inside;
 use super::fault::Fault;
 use super::placement::move_to;
-use super::plan::{Plan, plan};
 use super::resolve::Source;
+use super::simple::Simple;
 use crate::page::{page_floor, page_size};
 use crate::process::ledger::Private;
-use crate::space::table::Area;
-use crate::space::{Space, Target};
+use crate::space::Space;
 use crate::stats::add;
 use crate::stats::latency::Moment;
 use crate::sys::{FaultKind, Install, Message, MsgBuffer, Stop, Userfault};
@@ -127,26 +126,12 @@ fn read_one(
     if unheard.is_some() {
         return Read::Aside;
     }
-    let mut read = None;
-    let _ = uffd.read(buffer, |message| read = Some(message));
-    let Some(message) = read else { return Read::Nothing };
+    let Ok(Some(message)) = uffd.read_one(buffer) else { return Read::Nothing };
     let counters = &crew.shared.counters;
     add(&counters.reads, 1);
     let fault = match message {
         Message::Fault { addr, write, kind: FaultKind::Missing, tid } => {
-            let (addr, since) = (page_floor(addr), Moment::now());
-            Some(Fault {
-                space: id,
-                addr,
-                tid,
-                write,
-                minor: false,
-                since,
-                retries: 0,
-                starved: 0,
-                alone: false,
-                failed: None,
-            })
+            Some(Fault::new(id, page_floor(addr), tid, write, Moment::now()))
         }
         _ => None,
     };
@@ -168,7 +153,7 @@ fn read_one(
     if fault.write {
         add(&counters.write_faults, 1);
     }
-    fill.plan.count(counters, fill.area, fill.wanted, fault.write);
+    fill.simple.count(counters, fault.write);
     let filled = fill.run(member);
     if filled != Filled::Failed {
         crew.shared.latency.record(fault.since);
@@ -182,7 +167,8 @@ fn read_one(
         return Read::Woken;
     }
     // What was not filled and finds no place is woken too: its thread faults again, and its new message waits in the kernel.
-    Read::Done { uffd: Arc::clone(uffd), range: fill.start()..fill.start() + fill.bytes() }
+    let start = fill.simple.start();
+    Read::Done { uffd: Arc::clone(uffd), range: start..start + fill.simple.bytes() }
 }
 
 /// What came of filling.
@@ -196,18 +182,12 @@ enum Filled {
     Woken,
 }
 
-/// What answers a simple fault.
+/// What answers a simple fault beside the owner.
 struct Fill<'a> {
     crew: &'a Crew,
     space: &'a Space,
-    area: &'a Area<Target>,
-    plan: Plan,
+    simple: Simple<'a>,
     way: Way<'a>,
-    /// The page that is waited for.
-    wanted: u64,
-    pages: Range<u64>,
-    /// Where they come from.
-    source: Source,
 }
 
 /// Where pages are put.
@@ -222,44 +202,30 @@ enum Way<'a> {
 impl<'a> Fill<'a> {
     /// Looks a fault up; `None` if it is not simple.
     fn of(crew: &'a Crew, space: &'a Space, uffd: &'a Userfault, fault: &Fault, is_alone: bool) -> Option<Fill<'a>> {
-        let area = space.table.find(fault.addr)?;
-        if area.target.page.is_huge() || area.target.vmap.residency != Residency::Swappable {
-            // Huge pages are not simple. What is filled aside is locked when it is touched; what is installed is at once.
+        let target = &space.table.find(fault.addr)?.target;
+        if target.vmap.residency != Residency::Swappable {
+            // What is filled aside is locked when it is touched; what is installed is at once.
             return None;
         }
-        let way = if is_alone { Way::There(uffd) } else { Way::Aside(area.target.window.as_deref()?) };
-        let wanted = area.pgoff_of(fault.addr);
-        let plan = plan(crew.fault_around, area, wanted);
-        let (pages, source) = match &plan {
-            Plan::Copy { pages, src } => (pages.clone(), Source::Memory(*src)),
-            Plan::Zero { pages } => (pages.clone(), Source::Zeros),
-            Plan::Read { .. } | Plan::Sigbus => return None,
-        };
-        Some(Fill { crew, space, area, plan, way, wanted, pages, source })
-    }
-
-    /// Where the first page is missing.
-    fn start(&self) -> usize {
-        self.area.start + (self.pages.start - self.area.pgoff) as usize * page_size()
-    }
-
-    fn bytes(&self) -> usize {
-        (self.pages.end - self.pages.start) as usize * page_size()
+        let way = if is_alone { Way::There(uffd) } else { Way::Aside(target.window.as_deref()?) };
+        let simple = Simple::of(crew.fault_around, space, fault.addr)?;
+        Some(Fill { crew, space, simple, way })
     }
 
     /// Installs pages up to `end`; wakes whoever waits where they are missing, and nobody elsewhere.
     fn install(&self, pgoff: u64, end: u64) -> Install {
         let page = page_size();
-        let (skipped, len) = ((pgoff - self.pages.start) as usize * page, (end - pgoff) as usize * page);
-        let bytes = match self.source.advanced(skipped) {
+        let (skipped, len) = ((pgoff - self.simple.pages.start) as usize * page, (end - pgoff) as usize * page);
+        let start = self.simple.start() + skipped;
+        let bytes = match self.simple.source.advanced(skipped) {
             Source::Memory(src) | Source::Read(src) => Some(src),
             Source::Zeros | Source::Held => None,
         };
         match (self.way, bytes) {
             // SAFETY: the list holds these pages from there on. It is that of an area, which the owner does not take out
             // while this thread is inside; no thread holds a reference to a page that is missing.
-            (Way::There(uffd), Some(src)) => unsafe { uffd.copy(self.start() + skipped, src, len) },
-            (Way::There(uffd), None) => uffd.zeropage(self.start() + skipped, len),
+            (Way::There(uffd), Some(src)) => unsafe { uffd.copy(start, src, len) },
+            (Way::There(uffd), None) => uffd.zeropage(start, len),
             // SAFETY: as above; the window is the vmap's alone.
             (Way::Aside(window), Some(src)) => unsafe { window.copy(pgoff, src, len) },
             (Way::Aside(window), None) => window.zeropage(pgoff, len),
@@ -268,7 +234,8 @@ impl<'a> Fill<'a> {
 
     /// Fills the pages.
     fn run(&self, member: &Member) -> Filled {
-        let mut pgoff = self.pages.start;
+        let Simple { area, wanted, ref pages, source, .. } = self.simple;
+        let mut pgoff = pages.start;
         let mut alone = false;
         let mut outcome = match self.way {
             Way::There(_) => Filled::Woken,
@@ -276,11 +243,11 @@ impl<'a> Fill<'a> {
         };
         // The thread that is woken may take the processor before this one knows that it was.
         member.wakes(outcome == Filled::Woken);
-        while pgoff < self.pages.end {
-            let install = self.install(pgoff, if alone { pgoff + 1 } else { self.pages.end });
+        while pgoff < pages.end {
+            let install = self.install(pgoff, if alone { pgoff + 1 } else { pages.end });
             let filled = (install.bytes / page_size()) as u64;
-            let own = &*self.area.target.vmap.counters;
-            self.source.count(install, &self.crew.shared.counters, own, &self.space.counters, add);
+            let own = &*area.target.vmap.counters;
+            source.count(install, &self.crew.shared.counters, own, &self.space.counters, add);
             pgoff += filled;
             if install.stop.is_some() {
                 // What was there already, or did not come, may be waited for.
@@ -290,8 +257,8 @@ impl<'a> Fill<'a> {
                 None => alone = false,
                 Some(Stop::Present) => {
                     add(&self.crew.shared.counters.already_present, 1);
-                    add(&self.area.target.vmap.counters.already_present, 1);
-                    if pgoff == self.wanted {
+                    add(&area.target.vmap.counters.already_present, 1);
+                    if pgoff == wanted {
                         // Somebody brought it meanwhile, and what comes with it perhaps too.
                         break;
                     }
@@ -299,9 +266,9 @@ impl<'a> Fill<'a> {
                 }
                 // The page that stopped it is asked for alone; the kernel then names the reason.
                 Some(_) if filled > 0 => {}
-                Some(_) if pgoff > self.wanted => break,
+                Some(_) if pgoff > wanted => break,
                 // A neighbour before it: not worth more.
-                Some(_) if pgoff < self.wanted => pgoff = self.wanted,
+                Some(_) if pgoff < wanted => pgoff = wanted,
                 Some(_) if !alone => alone = true,
                 Some(_) => return Filled::Failed,
             }

@@ -26,3 +26,11 @@ pub(crate) struct Fault {
     /// Its page can't be read from the list of that vmap, of that generation.
     pub(crate) failed: Option<(u64, u64)>,
 }
+
+impl Fault {
+    /// A fault on a missing page that has just been read.
+    #[inline]
+    pub(crate) fn new(space: SpaceId, addr: usize, tid: i32, write: bool, since: Moment) -> Fault {
+        Fault { space, addr, tid, write, minor: false, since, retries: 0, starved: 0, alone: false, failed: None }
+    }
+}

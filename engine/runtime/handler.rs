@@ -42,9 +42,12 @@ use crate::stats::{SpaceCounters, add};
 use crate::sys::{FaultKind, Liveness, Message, MsgBuffer, Userfault};
 use crate::{Error, Result};
 
+mod busy;
 mod crew;
 mod foreign;
 mod reads;
+
+use busy::Said;
 
 /// Messages read by one system call.
 const MESSAGES_PER_READ: usize = 64;
@@ -261,15 +264,13 @@ impl Handler {
     fn read(&mut self) -> bool {
         // A thread that faults without a pause has faulted again by the time it has been answered.
         let busy = self.busy.take();
-        if let Some(space) = busy
-            && self.read_space(space)
-        {
-            self.turns += 1;
+        let said = busy.map(|space| self.serve_busy(space));
+        if said == Some(Said::Something) {
             self.busy = busy.filter(|_| self.turns < TURNS_WITHOUT_A_LOOK);
             return false;
         }
         let mut ready = [EpollEvent::empty(); 32];
-        let woken = self.wait(&mut ready, busy.is_some() && self.turns < TURNS_WITHOUT_A_LOOK);
+        let woken = self.wait(&mut ready, said == Some(Said::Nothing));
         self.one_by_one = false;
         self.turns = 0;
         self.take_handed_on();
@@ -437,19 +438,8 @@ impl Handler {
                         add(&shared.counters.write_faults, 1);
                     }
                     add(&counters.faults, 1);
-                    let (addr, since) = (page_floor(addr), *since.get_or_insert_with(Moment::now));
-                    let fault = Fault {
-                        space: id,
-                        addr,
-                        tid,
-                        write,
-                        minor,
-                        since,
-                        retries: 0,
-                        starved: 0,
-                        alone: false,
-                        failed: None,
-                    };
+                    let since = *since.get_or_insert_with(Moment::now);
+                    let fault = Fault { minor, ..Fault::new(id, page_floor(addr), tid, write, since) };
                     // One answer is for all that wait for the page, except that a worker may be refused.
                     if resolver.is_worker(&fault)
                         || !pending.iter().any(|held| held.space == id && held.addr == fault.addr)
@@ -520,20 +510,25 @@ impl Handler {
         for index in 0..self.pending.len() {
             let fault = self.pending[index];
             self.answer(fault);
-            // Where it would go, a member is.
-            if !self.crew.is_on() {
-                self.placer.saw(fault.tid);
-            }
-            // Members answer missing pages only.
-            if !self.crew.members.is_empty()
-                && !fault.minor
-                && !is_foreign(fault.space)
-                && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
-            {
-                self.to_call = roster;
-            }
+            self.saw(&fault);
         }
         self.pending.clear();
+    }
+
+    /// Notes whose fault was answered: to be where that thread is, and to call the crew if there are several.
+    fn saw(&mut self, fault: &Fault) {
+        // Where it would go, a member is.
+        if !self.crew.is_on() {
+            self.placer.saw(fault.tid);
+        }
+        // Members answer missing pages only.
+        if !self.crew.members.is_empty()
+            && !fault.minor
+            && !is_foreign(fault.space)
+            && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
+        {
+            self.to_call = roster;
+        }
     }
 
     fn answer(&mut self, fault: Fault) {
@@ -1281,6 +1276,39 @@ mod tests {
         assert_eq!(nix::unistd::write(&write_end, page), Err(nix::errno::Errno::EFAULT));
         drop((read_end, region));
         assert_eq!(vmap.refcount().unwrap(), 0);
+        engine.shutdown(Shutdown::Poison).unwrap();
+    }
+
+    /// T74: a panic between a fault and its answer leaves no thread asleep: its page is SIGBUS.
+    #[test]
+    fn a_panic_in_the_middle_of_an_answer_leaves_no_thread_asleep() {
+        let engine = Engine::builder().fault_around_pages(1).build().unwrap();
+        if !engine.open_way().serves_kernel_faults() {
+            eprintln!("skipped, because this user may not have faults of system calls served");
+            return;
+        }
+        let nr_pages = 4096;
+        let mut list = Kiobuf::new();
+        list.map_bytes(vec![7; nr_pages * crate::page_size()]).unwrap();
+        let region = engine.vmap(&list).unwrap().attach(&AttachOptions::new()).unwrap();
+        let asked = &engine.crew_for_tests().owner_panic;
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        asked.store(true, std::sync::atomic::Ordering::SeqCst);
+        let mut refused = None;
+        for page in 0..nr_pages {
+            // SAFETY: the byte is read by the kernel alone, which answers EFAULT where it can't.
+            let byte = unsafe { std::slice::from_raw_parts(region.as_ptr().add(page * crate::page_size()), 1) };
+            match nix::unistd::write(&write_end, byte) {
+                Ok(_) => assert_eq!(nix::unistd::read(&read_end, &mut [0]), Ok(1)),
+                Err(errno) => {
+                    refused = Some(errno);
+                    break;
+                }
+            }
+        }
+        assert_eq!(refused, Some(nix::errno::Errno::EFAULT));
+        assert!(!asked.load(std::sync::atomic::Ordering::SeqCst));
+        drop(region);
         engine.shutdown(Shutdown::Poison).unwrap();
     }
 }

@@ -32,6 +32,7 @@ pub(crate) mod readahead;
 pub(crate) mod reads;
 pub(crate) mod resolve;
 pub(crate) mod shared;
+mod simple;
 mod slow;
 pub(crate) mod strays;
 pub(crate) mod stripes;

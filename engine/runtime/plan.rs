@@ -8,7 +8,7 @@ use crate::kiobuf::Nopage;
 use crate::page::page_size;
 use crate::space::Target;
 use crate::space::table::Area;
-use crate::stats::{Counters, EngineCounters, VmapCounters, add};
+use crate::stats::{EngineCounters, VmapCounters, add};
 
 /// What brings a page, and which others with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(crate) enum Plan {
 
 impl Plan {
     /// Counts a fault on a page by what that is, and notes it if the vmap's working set is recorded.
-    pub(crate) fn count(&self, all: &Counters, area: &Area<Target>, pgoff: u64, write: bool) {
+    pub(crate) fn count(&self, all: &EngineCounters, area: &Area<Target>, pgoff: u64, write: bool) {
         let own = &*area.target.vmap.counters;
         self.counters(all, own).into_iter().for_each(|counter| add(counter, 1));
         if write {
@@ -44,6 +44,7 @@ impl Plan {
     }
 
     /// Those that count faults on such pages, of an engine and of a vmap.
+    #[inline]
     pub(crate) fn counters<'a>(&self, all: &'a EngineCounters, own: &'a VmapCounters) -> [&'a AtomicU64; 2] {
         match self {
             Plan::Copy { .. } => [&all.faults_copied, &own.faults_copied],
@@ -55,6 +56,7 @@ impl Plan {
 }
 
 /// Decides about a fault on page `pgoff` of an area.
+#[inline]
 pub(crate) fn plan(around: FaultAround, area: &Area<Target>, pgoff: u64) -> Plan {
     match area.target.list.nopage(pgoff) {
         Nopage::Direct { src, run } => {

@@ -75,9 +75,10 @@ impl Stream {
         pgoff == if self.backward { self.edge + pages - 1 } else { self.edge.wrapping_sub(pages) }
     }
 
-    /// How long ago it was used. What brings many pages at once faults seldom, and counts as younger.
-    fn age(self, now: u64) -> u64 {
-        (now.wrapping_sub(self.stamp) % PRESENT) >> self.order.min(4)
+    /// Tells whether a fault may have to do with the stream of a word; by far most of those that don't are told apart so.
+    fn may_concern(word: u64, pgoff: u64) -> bool {
+        const NEAR: u64 = 1 << LAST_ORDER;
+        pgoff.wrapping_sub(word >> EDGE_SHIFT).wrapping_add(NEAR) <= 2 * NEAR
     }
 }
 
@@ -90,16 +91,29 @@ struct Step {
     end: u64,
 }
 
+/// Tells how long ago a word's stream was used, or for ever if there is none. What brings many pages at once faults seldom, and
+/// counts as younger.
+fn age(word: u64, now: u64) -> u64 {
+    let order = (word >> ORDER_SHIFT) as u32 & 0xf;
+    if word & PRESENT == 0 { u64::MAX } else { (now.wrapping_sub(word) % PRESENT) >> order.min(4) }
+}
+
+/// Chooses the place of none, or of that which was not used for longest.
+fn oldest(words: &[u64; STREAMS], now: u64) -> usize {
+    let (mut oldest, mut highest) = (0, age(words[0], now));
+    for (slot, &word) in words.iter().enumerate().skip(1) {
+        let age = age(word, now);
+        if age > highest {
+            (oldest, highest) = (slot, age);
+        }
+    }
+    oldest
+}
+
 /// Decides about a fault on page `pgoff`: at most `most` pages, within `bounds`, which hold `pgoff`. `at_start`: it is
 /// the first page of its area, where a walk through all of it begins.
-fn decide(
-    streams: &[Option<Stream>; STREAMS],
-    now: u64,
-    pgoff: u64,
-    bounds: &Range<u64>,
-    at_start: bool,
-    most: u64,
-) -> Step {
+fn decide(words: &[u64; STREAMS], now: u64, pgoff: u64, bounds: &Range<u64>, at_start: bool, most: u64) -> Step {
+    let streams = words.map(Stream::from_word);
     let known = || streams.iter().enumerate().filter_map(|(slot, stream)| Some((slot, (*stream)?)));
     let going_on = known().find_map(|(slot, stream)| Some((slot, stream.goes_on(pgoff)?, stream.order)));
     let repeated = || known().find(|(_, stream)| stream.repeats(pgoff));
@@ -108,11 +122,8 @@ fn decide(
     } else if let Some((slot, stream)) = repeated() {
         (slot, stream.backward, stream.order)
     } else {
-        // The place of none, or of that which was not used for longest.
-        let age = |slot: &usize| streams[*slot].map_or(u64::MAX, |stream| stream.age(now));
-        let slot = (0..STREAMS).rev().max_by_key(age).unwrap_or(0);
         let fresh = streams.iter().all(Option::is_none);
-        (slot, false, if at_start && fresh { FIRST_ORDER } else { 0 })
+        (oldest(words, now), false, if at_start && fresh { FIRST_ORDER } else { 0 })
     };
     let pages = (1 << order).min(most.max(1));
     let (start, end) = if backward {
@@ -145,8 +156,14 @@ impl Streams {
         // Not exact among several threads, and needn't be.
         let now = self.faults.load(Ordering::Relaxed).wrapping_add(1);
         self.faults.store(now, Ordering::Relaxed);
-        let streams = self.words.each_ref().map(|word| Stream::from_word(word.load(Ordering::Relaxed)));
-        let step = decide(&streams, now, pgoff, bounds, at_start, most);
+        let words = self.words.each_ref().map(|word| word.load(Ordering::Relaxed));
+        if !at_start && !words.iter().any(|&word| Stream::may_concern(word, pgoff)) {
+            // A jump, as most faults are where they cost most: a page each.
+            let stream = Stream { edge: pgoff + 1, order: 0, backward: false, stamp: now };
+            self.words[oldest(&words, now)].store(stream.to_word(), Ordering::Relaxed);
+            return pgoff..pgoff + 1;
+        }
+        let step = decide(&words, now, pgoff, bounds, at_start, most);
         self.words[step.slot].store(step.stream.to_word(), Ordering::Relaxed);
         step.start..step.end
     }
@@ -294,6 +311,18 @@ mod tests {
             let window = streams.window(pgoff, &(pgoff..pgoff + 100), false, most);
             prop_assert!(window.contains(&pgoff) && window.end <= pgoff + 100);
             prop_assert!(window.end - window.start <= most.max(1));
+        }
+
+        /// What is taken for a jump without a closer look is one.
+        #[test]
+        fn no_stream_goes_on_far_from_where_it_ended(
+            edge in 0u64..1 << 44, order in 0u32..=LAST_ORDER, backward: bool, far in 0u64..2000, before: bool,
+        ) {
+            let stream = Stream { edge, order, backward, stamp: 0 };
+            let pgoff = if before { edge.saturating_sub(far) } else { edge + far };
+            if stream.goes_on(pgoff).is_some() || stream.repeats(pgoff) {
+                prop_assert!(Stream::may_concern(stream.to_word(), pgoff));
+            }
         }
 
         #[test]

@@ -441,6 +441,7 @@ pub(crate) enum Source {
 
 impl Source {
     /// The same source, `bytes` further on.
+    #[inline]
     pub(crate) fn advanced(self, bytes: usize) -> Source {
         match self {
             Source::Memory(src) => Source::Memory(src.wrapping_add(bytes)),
@@ -450,6 +451,7 @@ impl Source {
     }
 
     /// Counts what an ioctl installed from there, or why it did not, in counters of the engine, the vmap and the space.
+    #[inline]
     pub(crate) fn count(
         &self,
         install: Install,
@@ -485,6 +487,7 @@ impl Source {
     }
 
     /// Installs `len` bytes at `dst`, which is `offset` bytes into the window.
+    #[inline]
     pub(crate) fn install(self, uffd: &Userfault, dst: usize, offset: usize, len: usize) -> Install {
         match self.advanced(offset) {
             // SAFETY: the window was clipped to pages that the list or the buffer holds from `src` on, and `dst` to

@@ -49,6 +49,7 @@ impl<T> MmapVec<T> {
     /// # Errors
     ///
     /// What mmap(2) answers: `ENOMEM` when memory, the address space or `vm.max_map_count` is used up. Nothing changed.
+    #[inline]
     pub(crate) fn try_reserve(&mut self, additional: usize) -> Result<(), Errno> {
         let needed = self.len.checked_add(additional).ok_or(Errno::ENOMEM)?;
         if needed <= self.capacity { Ok(()) } else { self.grow(needed) }
@@ -59,8 +60,15 @@ impl<T> MmapVec<T> {
     /// # Errors
     ///
     /// As [`MmapVec::try_reserve`]; the element comes back.
+    #[inline]
     pub(crate) fn try_push(&mut self, element: T) -> Result<(), (T, Errno)> {
-        self.try_insert(self.len, element)
+        if let Err(errno) = self.try_reserve(1) {
+            return Err((element, errno));
+        }
+        // SAFETY: `len < capacity` was reserved; `write` fills the place without dropping what it held.
+        unsafe { self.first.as_ptr().add(self.len).write(element) };
+        self.len += 1;
+        Ok(())
     }
 
     /// Puts `element` before the one at `index`.
@@ -151,6 +159,7 @@ impl<T> MmapVec<T> {
     }
 
     /// Moves to a mapping of whole pages that holds at least `needed` elements and at least twice as many as before.
+    #[cold]
     fn grow(&mut self, needed: usize) -> Result<(), Errno> {
         #[cfg(test)]
         if tests::GROWTH_REFUSED.get() {

@@ -43,6 +43,7 @@ impl<T> Area<T> {
     }
 
     /// Returns the page that `addr`, an address of this area, shows.
+    #[inline]
     pub(crate) fn pgoff_of(&self, addr: usize) -> u64 {
         debug_assert!(self.contains(addr));
         self.pgoff + ((addr - self.start) / page_size()) as u64
@@ -71,6 +72,7 @@ pub(crate) enum InsertError<T> {
 }
 
 /// Finds the area that `addr` lies in, among the areas of a table.
+#[inline]
 pub(crate) fn find_in<T>(areas: &[Area<T>], addr: usize) -> Option<&Area<T>> {
     areas.get(areas.partition_point(|area| area.end <= addr)).filter(|area| area.contains(addr))
 }
@@ -118,6 +120,7 @@ impl<T: Clone> AreaTable<T> {
     }
 
     /// Finds the area that `addr` lies in.
+    #[inline]
     pub(crate) fn find(&self, addr: usize) -> Option<&Area<T>> {
         find_in(&self.areas, addr)
     }

@@ -40,6 +40,7 @@ impl Owners {
 }
 
 /// Adds to a counter of the current thread's shard.
+#[inline]
 pub(crate) fn add(counter: &AtomicU64, n: u64) {
     if SHARD.get() == COMMON {
         counter.fetch_add(n, Ordering::Relaxed);
@@ -61,6 +62,7 @@ pub(crate) struct Sharded<T>([Padded<T>; SHARDS + SIGNALLED]);
 impl<T> Deref for Sharded<T> {
     type Target = T;
 
+    #[inline]
     fn deref(&self) -> &T {
         &self.0[SHARD.get() % SHARDS].0
     }

@@ -72,6 +72,7 @@ impl Install {
     /// `count` is the signed field that the kernel writes (`copy`, `zeropage`, `mapped`, `updated`). It is progress
     /// only when it lies in `1..=len` *and* the ioctl succeeded or said EAGAIN, which is how the kernel reports a
     /// partial success. Otherwise it repeats the errno as a negative number, or is untouched, and is ignored.
+    #[inline]
     pub(super) fn from_kernel(answer: Result<(), Errno>, count: i64, len: usize) -> Install {
         let progress = usize::try_from(count).ok().filter(|bytes| (1..=len).contains(bytes));
         match (answer, progress) {

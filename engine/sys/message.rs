@@ -106,6 +106,7 @@ impl Message {
     /// # Errors
     ///
     /// `EPROTO` for a kind that is unknown.
+    #[inline]
     pub(super) fn decode(raw: &RawMessage, reader: &Userfault) -> Result<Message, Errno> {
         let [first, second, third] = raw.args;
         Ok(match raw.event {

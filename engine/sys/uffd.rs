@@ -279,6 +279,20 @@ impl Userfault {
         unknown.map(|()| known)
     }
 
+    /// As [`read`](Userfault::read), one message.
+    #[inline]
+    pub(crate) fn read_one(&self, buf: &mut MsgBuffer) -> Result<Option<Message>, Errno> {
+        let buf = &mut buf.0[..1];
+        loop {
+            match self.read_raw(buf) {
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+                Ok(0) => return Ok(None),
+                Ok(_) => return Message::decode(&buf[0], self).map(Some),
+            }
+        }
+    }
+
     /// Installs copies of `len` bytes at `src`, and wakes whoever waits there.
     ///
     /// # Safety
