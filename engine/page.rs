@@ -1,7 +1,5 @@
 //! The machine's page size, and the arithmetic of whole pages.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 /// Returns the size of a page in bytes, as `sysconf(_SC_PAGESIZE)` reports it.
 ///
 /// # Panics
@@ -13,9 +11,19 @@ pub fn page_size() -> usize {
     1 << page_shift()
 }
 
+/// The binary logarithm of the page size, of which these processors have no other.
+#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+#[inline(always)]
+const fn page_shift() -> u32 {
+    12
+}
+
 /// The binary logarithm of the page size.
+#[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
 #[inline(always)]
 fn page_shift() -> u32 {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     static SHIFT: AtomicU32 = AtomicU32::new(0);
     match SHIFT.load(Ordering::Relaxed) {
         0 => {
@@ -27,6 +35,7 @@ fn page_shift() -> u32 {
     }
 }
 
+#[cfg(any(test, not(any(target_arch = "x86", target_arch = "x86_64"))))]
 #[cold]
 fn reported_shift() -> u32 {
     let reported = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
@@ -50,4 +59,14 @@ pub(crate) fn page_floor(addr: usize) -> usize {
 /// Tells whether an address or a length is a multiple of the page size.
 pub(crate) fn is_aligned(value: usize) -> bool {
     value & (page_size() - 1) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_size_is_what_the_system_reports() {
+        assert_eq!(page_size(), 1 << reported_shift());
+    }
 }

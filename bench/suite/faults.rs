@@ -13,7 +13,7 @@ use crate::series::{Bench, Group, Series};
 const SPARSE: usize = 32;
 
 pub(crate) fn group(bench: &Bench) -> Group {
-    let pages = bench.extent(8192, 1024);
+    let pages = bench.extent(2048, 1024);
     let order = move |repetition: usize| {
         let mut order: Vec<usize> = (0..pages).collect();
         shuffle(&mut order, repetition as u64 + 1);
@@ -83,6 +83,6 @@ pub(crate) fn group(bench: &Bench) -> Group {
             Engine::builder().fault_around_pages(1).delivery(Delivery::InThread)
         }),
     ];
-    let repetitions = bench.extent(7, 3);
+    let repetitions = bench.extent(85, 3);
     Group { name: "faults", title: "Single random page faults", unit: "fault", repetitions, series }
 }

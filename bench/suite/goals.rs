@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::report::Entry;
+use crate::report::{Entry, Repetition, ratio as ratio_of};
 
 /// A number of a series.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +22,17 @@ impl Of {
             Of::Wall => entry.record.wall_ns_per_page,
             Of::Cpu => entry.cpu_ns,
             Of::Bytes => entry.bytes,
+        }
+    }
+
+    /// The same of one repetition.
+    fn of(self, repetition: &Repetition) -> Option<f64> {
+        match self {
+            Of::P50 => repetition.p50_ns,
+            Of::P99 => repetition.p99_ns,
+            Of::Wall => repetition.wall_ns,
+            Of::Cpu => repetition.cpu_ns,
+            Of::Bytes => None,
         }
     }
 
@@ -108,12 +119,15 @@ pub(crate) struct Goal {
 pub(crate) fn judge(entries: &[Entry]) -> Vec<Goal> {
     let entry = |name: &str| entries.iter().find(|entry| entry.record.name == name);
     let judged = |rule: &Rule| {
-        let value = rule.of.value(entry(rule.series)?)?;
-        let to = match rule.to {
-            Some(to) => rule.of.value(entry(to)?)?,
-            None => rule.unit.map_or(1.0, |unit| unit.1),
+        let one = entry(rule.series)?;
+        let value = match rule.to.map(entry) {
+            Some(to) => {
+                let to = to?;
+                let paired = ratio_of(one, to, |repetition| rule.of.of(repetition));
+                paired.or_else(|| Some(rule.of.value(one)? / rule.of.value(to)?))?
+            }
+            None => rule.of.value(one)? / rule.unit.map_or(1.0, |unit| unit.1),
         };
-        let value = value / to;
         let (met, sign, bound) = match rule.bound {
             Bound::AtMost(bound) => (value <= bound, "≤", bound),
             Bound::AtLeast(bound) => (value >= bound, "≥", bound),

@@ -27,8 +27,48 @@ pub(crate) struct Entry {
     /// From the fastest to the slowest repetition, in parts of the median.
     pub(crate) spread: Option<f64>,
     pub(crate) repetitions: usize,
+    /// What each repetition measured.
+    #[serde(default)]
+    pub(crate) each: Vec<Repetition>,
     /// Of what was timed one by one, all repetitions together: the 0th to the 100th percentile.
     pub(crate) percentiles_ns: Vec<f64>,
+}
+
+/// What one repetition measured.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Repetition {
+    pub(crate) p50_ns: Option<f64>,
+    pub(crate) p99_ns: Option<f64>,
+    pub(crate) wall_ns: Option<f64>,
+    pub(crate) cpu_ns: Option<f64>,
+}
+
+impl Repetition {
+    fn of(sample: &Sample) -> Repetition {
+        let at = |share| (!sample.each_ns.is_empty()).then(|| quantile(&sample.each_ns, share));
+        let told = |value: Option<f64>| value.map(|ns| rounded(ns, 10.0));
+        Repetition {
+            p50_ns: told(at(0.5)),
+            p99_ns: told(at(0.99)),
+            wall_ns: told(sample.wall_ns),
+            cpu_ns: told(sample.cpu_ns),
+        }
+    }
+
+    /// What it is compared by.
+    fn typical_ns(&self) -> Option<f64> {
+        self.p50_ns.or(self.wall_ns)
+    }
+}
+
+/// The median of how many times `other` each repetition was: what goes on beside the measurement for longer than one
+/// repetition is in both. Of what was not measured in the same repetitions, nothing.
+pub(crate) fn ratio(one: &Entry, other: &Entry, value: impl Fn(&Repetition) -> Option<f64>) -> Option<f64> {
+    if one.each.len() != other.each.len() || one.group != other.group {
+        return None;
+    }
+    let ratios = std::iter::zip(&one.each, &other.each).map(|(one, other)| Some(value(one)? / value(other)?));
+    median(ratios.collect::<Option<_>>()?)
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -110,6 +150,7 @@ impl Entry {
             bytes: over(&|sample| sample.bytes),
             spread,
             repetitions: samples.len(),
+            each: samples.iter().map(Repetition::of).collect(),
             percentiles_ns,
         }
     }
@@ -149,12 +190,15 @@ impl Report {
 
     /// Fills in the ratios, and judges.
     pub(crate) fn compare(&mut self) {
-        let typical: Vec<(String, Option<f64>)> =
-            self.series.iter().map(|entry| (entry.record.name.clone(), entry.typical_ns())).collect();
-        let of = |name: &Option<String>| typical.iter().find(|(other, _)| Some(other) == name.as_ref())?.1;
+        let entries = self.series.clone();
+        let of = |name: &Option<String>| entries.iter().find(|other| Some(&other.record.name) == name.as_ref());
         for entry in &mut self.series {
-            let ratio = |to: &Option<String>| Some(rounded(entry.typical_ns()? / of(to)?, 1000.0));
-            let ratios = (ratio(&entry.floor), ratio(&entry.native));
+            let compared = |to: &Entry| {
+                let paired = ratio(entry, to, Repetition::typical_ns);
+                let value = paired.or_else(|| Some(entry.typical_ns()? / to.typical_ns()?));
+                value.map(|value| rounded(value, 1000.0))
+            };
+            let ratios = (of(&entry.floor).and_then(compared), of(&entry.native).and_then(compared));
             (entry.record.ratio_to_floor, entry.record.ratio_to_native) = ratios;
         }
         self.goals = crate::goals::judge(&self.series);

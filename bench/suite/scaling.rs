@@ -328,7 +328,7 @@ pub(crate) fn group(bench: &Bench) -> Group {
             |_, base, pages, n, repetition| by_children(base, &orders(pages, n, Share::Own, repetition)),
         ));
     }
-    let repetitions = bench.extent(5, 2);
+    let repetitions = bench.extent(9, 2);
     Group { name: "scaling", title: "More threads and processes", unit: "page", repetitions, series }
 }
 

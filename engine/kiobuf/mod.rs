@@ -143,6 +143,7 @@ impl Kiobuf {
     }
 
     /// Looks a page up; no system call, no lock, no allocation.
+    #[inline]
     pub(crate) fn nopage(&self, pgoff: u64) -> Nopage {
         nopage::nopage(&self.inner.extents, pgoff)
     }

@@ -153,7 +153,7 @@ fn read_one(
     if fault.write {
         add(&counters.write_faults, 1);
     }
-    fill.simple.count(counters, fault.write);
+    fill.simple.count(counters, &fill.simple.area.target.vmap.counters, fault.write, add);
     let filled = fill.run(member);
     if filled != Filled::Failed {
         crew.shared.latency.record(fault.since);

@@ -87,10 +87,13 @@ pub(crate) struct Handler {
     messages: MsgBuffer,
     /// Room for one message.
     message: MsgBuffer,
-    /// The last read brought one message: the next one asks for no more, which spares the kernel a second look.
-    one_by_one: bool,
+    /// The last read brought one message, of this thread (0 if it is not known): the next one asks for no more, which spares the
+    /// kernel a second look.
+    one_by_one: Option<i32>,
     /// Faults read and not answered yet.
     pending: MmapVec<Fault>,
+    /// The page of a fault that is being answered and is not among them.
+    in_hand: Option<(SpaceId, usize)>,
     /// Faults to be tried again: the address space is changing, or a resource is not free.
     parked: MmapVec<Fault>,
     strays: Strays,
@@ -184,6 +187,7 @@ impl Handler {
                 parts.fault_around,
             ),
             pending: held()?,
+            in_hand: None,
             parked: held()?,
             strays: Strays::new().map_err(&no_memory)?,
             shared: parts.shared,
@@ -196,7 +200,7 @@ impl Handler {
             commands: parts.commands,
             messages: MsgBuffer::new(MESSAGES_PER_READ),
             message: MsgBuffer::new(1),
-            one_by_one: false,
+            one_by_one: None,
             unsent: MmapVec::new(),
             desk: desk.transpose()?,
             done: parts.done,
@@ -271,8 +275,14 @@ impl Handler {
         }
         let mut ready = [EpollEvent::empty(); 32];
         let woken = self.wait(&mut ready, said == Some(Said::Nothing));
-        self.one_by_one = false;
         self.turns = 0;
+        let is_one_thread = self.one_by_one.is_some_and(|thread| thread != 0);
+        if said == Some(Said::Enough) && is_one_thread && woken == 1 && Some(ready[0].data()) == busy {
+            // The others have nothing to say.
+            self.busy = busy;
+            return false;
+        }
+        self.one_by_one = None;
         self.take_handed_on();
         if self.crew.is_on() {
             // The kernel tells faults before events, and members read one at a time: where more threads fault than there
@@ -346,6 +356,10 @@ impl Handler {
     /// Continues after a panic: every fault is answered by SIGBUS from now on.
     pub(crate) fn retire(&mut self) {
         self.retired = true;
+        if let Some((space, addr)) = self.in_hand.take() {
+            // There is room: then nothing was pending.
+            let _ = self.pending.try_push(Fault::new(space, addr, 0, false, Moment::now()));
+        }
         self.abandon_waits();
         // Commands whose ring was heard before the panic still wait.
         self.bell.ring();
@@ -424,7 +438,7 @@ impl Handler {
                 std::thread::yield_now();
                 return;
             }
-            let one_by_one = self.one_by_one || at_once < MESSAGES_PER_READ;
+            let one_by_one = self.one_by_one.is_some() || at_once < MESSAGES_PER_READ;
             let Handler { spaces, pending, parked, strays, unsent, shared, resolver, ending, spares, born, .. } = self;
             let messages = if one_by_one { &mut self.message } else { &mut self.messages };
             let Space { uffd: Some(uffd), table, counters, foreign, .. } = &mut spaces[index] else { return };
@@ -494,7 +508,7 @@ impl Handler {
             self.enter_born();
             let Ok(n @ 1..) = read else { return };
             add(&self.shared.counters.reads, 1);
-            self.one_by_one = n == 1;
+            self.one_by_one = (n == 1).then(|| self.pending.last().map_or(0, |fault| fault.tid));
             // A process that is not the engine's must not have others wait.
             if n < MESSAGES_PER_READ || is_foreign(id) {
                 return;
@@ -510,22 +524,22 @@ impl Handler {
         for index in 0..self.pending.len() {
             let fault = self.pending[index];
             self.answer(fault);
-            self.saw(&fault);
+            self.saw(fault.space, fault.tid, fault.minor);
         }
         self.pending.clear();
     }
 
     /// Notes whose fault was answered: to be where that thread is, and to call the crew if there are several.
-    fn saw(&mut self, fault: &Fault) {
+    fn saw(&mut self, space: SpaceId, tid: i32, minor: bool) {
         // Where it would go, a member is.
         if !self.crew.is_on() {
-            self.placer.saw(fault.tid);
+            self.placer.saw(tid);
         }
         // Members answer missing pages only.
         if !self.crew.members.is_empty()
-            && !fault.minor
-            && !is_foreign(fault.space)
-            && let roster @ Some(_) = self.caller.saw(fault.space, fault.tid, &self.crew)
+            && !minor
+            && !is_foreign(space)
+            && let roster @ Some(_) = self.caller.saw(space, tid, &self.crew)
         {
             self.to_call = roster;
         }

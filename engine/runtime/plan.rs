@@ -26,7 +26,20 @@ pub(crate) enum Plan {
 impl Plan {
     /// Counts a fault on a page by what that is, and notes it if the vmap's working set is recorded.
     pub(crate) fn count(&self, all: &EngineCounters, area: &Area<Target>, pgoff: u64, write: bool) {
-        let own = &*area.target.vmap.counters;
+        self.count_in(all, &area.target.vmap.counters, area, pgoff, write, add);
+    }
+
+    /// As [`Plan::count`], in counters of the engine and of the area's vmap.
+    #[inline]
+    pub(crate) fn count_in(
+        &self,
+        all: &EngineCounters,
+        own: &VmapCounters,
+        area: &Area<Target>,
+        pgoff: u64,
+        write: bool,
+        add: impl Fn(&AtomicU64, u64),
+    ) {
         self.counters(all, own).into_iter().for_each(|counter| add(counter, 1));
         if write {
             add(&own.write_faults, 1);
@@ -35,6 +48,7 @@ impl Plan {
     }
 
     /// Notes a fault on a page if the vmap's working set is recorded. What can't be had is no part of it.
+    #[inline]
     pub(crate) fn note(&self, area: &Area<Target>, pgoff: u64) {
         if let Some(recorder) = &area.target.vmap.recorder
             && *self != Plan::Sigbus

@@ -1,6 +1,7 @@
 //! Simple faults: on plain pages that lie in memory or are zeros, which one system call brings.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 
 use super::around::FaultAround;
 use super::plan::{Plan, plan};
@@ -8,7 +9,7 @@ use super::resolve::Source;
 use crate::page::page_size;
 use crate::space::table::Area;
 use crate::space::{Space, Target};
-use crate::stats::{Answered, EngineCounters, add};
+use crate::stats::{EngineCounters, VmapCounters};
 use crate::sys::{Install, Userfault};
 
 /// What answers a simple fault.
@@ -51,17 +52,15 @@ impl<'a> Simple<'a> {
         (self.pages.end - self.pages.start) as usize * page_size()
     }
 
-    /// Counts the fault.
+    /// Counts the fault, in counters of the engine and of the area's vmap.
     #[inline]
-    pub(super) fn count(&self, all: &EngineCounters, write: bool) {
-        self.plan.count(all, self.area, self.wanted, write);
+    pub(super) fn count(&self, all: &EngineCounters, own: &VmapCounters, write: bool, add: impl Fn(&AtomicU64, u64)) {
+        self.plan.count_in(all, own, self.area, self.wanted, write, add);
     }
 
-    /// Installs all pages where they are missing, and counts what came.
+    /// Installs all pages where they are missing.
     #[inline]
-    pub(super) fn install(&self, uffd: &Userfault, all: &EngineCounters, space: &Answered) -> Install {
-        let install = self.source.install(uffd, self.start(), 0, self.bytes());
-        self.source.count(install, all, &self.area.target.vmap.counters, space, add);
-        install
+    pub(super) fn install(&self, uffd: &Userfault) -> Install {
+        self.source.install(uffd, self.start(), 0, self.bytes())
     }
 }

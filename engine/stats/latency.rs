@@ -87,10 +87,12 @@ impl Default for Counts {
 
 impl Counts {
     /// Counts a fault that was read at `since` and is answered.
+    #[inline]
     pub(crate) fn record(&self, since: Moment) {
         self.count(since.until(Moment::now()));
     }
 
+    #[inline]
     fn count(&self, nanoseconds: u64) {
         if nanoseconds > self.max.load(Ordering::Relaxed) {
             self.max.fetch_max(nanoseconds, Ordering::Relaxed);

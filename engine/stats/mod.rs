@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use crate::page::page_size;
 use shards::Sharded;
-pub(crate) use shards::add;
+pub(crate) use shards::{add, add_own};
 
 macro_rules! counters {
     ($(#[$live_doc:meta])* $live:ident, $(#[$stats_doc:meta])* $stats:ident { $($(#[$doc:meta])* $name:ident,)* }) => {
@@ -101,6 +101,8 @@ page_counters! {
         /// Faults on pages that the list has in memory, ready to be copied. These and those that follow are counted once for each page that is
         /// looked up in a list, where `faults` counts every thread that waits for it.
         faults_copied,
+        /// Read calls on userfaultfds that returned messages.
+        reads,
     } {
         /// Pages that were answered by SIGBUS (UFFDIO_POISON, or what stands for it before Linux 6.6): holes, pages past the
         /// list, failed sources.
@@ -141,8 +143,6 @@ page_counters! {
         panics,
         /// Unmap, remap and remove events that were applied.
         events,
-        /// Read calls on userfaultfds that returned messages.
-        reads,
         /// Processes that were noticed to be gone (exit, kill or exec).
         processes_gone,
         /// Connections to published vmaps that were cut, because what was said over them was wrong, or nothing in time.

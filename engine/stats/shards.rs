@@ -46,8 +46,14 @@ pub(crate) fn add(counter: &AtomicU64, n: u64) {
         counter.fetch_add(n, Ordering::Relaxed);
     } else {
         // Nobody else writes to it: a tenth of the price.
-        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        add_own(counter, n);
     }
+}
+
+/// Adds to a counter of which the current thread is the only writer.
+#[inline]
+pub(crate) fn add_own(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
 /// Two cache lines: processors fetch them in pairs.
@@ -69,6 +75,13 @@ impl<T> Deref for Sharded<T> {
 }
 
 impl<T> Sharded<T> {
+    /// The counters of the thread that answers faults most of the time, for that thread: [`add_own`] adds to them.
+    #[inline]
+    pub(crate) fn first(&self) -> &T {
+        debug_assert_eq!(SHARD.get(), FIRST);
+        &self.0[FIRST].0
+    }
+
     /// Counters that any thread on the current processor may add to, if it does so by atomic additions; reached without a
     /// thread-local variable, for signal handlers.
     pub(crate) fn signalled(&self) -> &T {

@@ -74,6 +74,15 @@ impl Install {
     /// partial success. Otherwise it repeats the errno as a negative number, or is untouched, and is ignored.
     #[inline]
     pub(super) fn from_kernel(answer: Result<(), Errno>, count: i64, len: usize) -> Install {
+        if answer == Ok(()) && usize::try_from(count) == Ok(len) && len > 0 {
+            return Install { bytes: len, stop: None };
+        }
+        Install::in_part(answer, count, len)
+    }
+
+    /// As [`Install::from_kernel`], where not all was done.
+    #[cold]
+    fn in_part(answer: Result<(), Errno>, count: i64, len: usize) -> Install {
         let progress = usize::try_from(count).ok().filter(|bytes| (1..=len).contains(bytes));
         match (answer, progress) {
             (Ok(()) | Err(Errno::EAGAIN), Some(bytes)) if bytes == len => Install { bytes, stop: None },

@@ -6,7 +6,7 @@ use crate::page::page_floor;
 use crate::runtime::fault::Fault;
 use crate::runtime::simple::Simple;
 use crate::space::SpaceId;
-use crate::stats::add;
+use crate::stats::add_own;
 use crate::stats::latency::Moment;
 use crate::sys::{FaultKind, Message};
 
@@ -30,40 +30,53 @@ impl Handler {
         };
         while self.turns < TURNS_WITHOUT_A_LOOK {
             self.placer.turns();
-            let Handler { spaces, message, shared, pending, resolver, .. } = self;
+            let Handler { spaces, message, shared, pending, resolver, in_hand, .. } = self;
             let space = &spaces[index];
             let Some(uffd) = &space.uffd else { return Said::Nothing };
             let Ok(Some(message)) = uffd.read_one(message) else { return Said::Nothing };
             self.turns += 1;
-            let counters = &*shared.counters;
-            add(&counters.reads, 1);
+            let (counters, answered) = (shared.counters.first(), space.counters.answered.first());
+            add_own(&counters.reads, 1);
             let Message::Fault { addr, write, kind: FaultKind::Missing, tid } = message else {
                 self.read_messages(id, Some(message));
                 return Said::Something;
             };
-            add(&counters.faults, 1);
-            add(&space.counters.faults, 1);
-            if write {
-                add(&counters.write_faults, 1);
-            }
-            let fault = Fault::new(id, page_floor(addr), tid, write, Moment::now());
-            // There it is found if this thread panics. There is room: nothing is pending.
-            let _ = pending.try_push(fault);
+            let (addr, since) = (page_floor(addr), Moment::now());
+            *in_hand = Some((id, addr));
             #[cfg(test)]
             assert!(!self.crew.owner_panic.swap(false, std::sync::atomic::Ordering::SeqCst), "asked to");
-            let Some(simple) = Simple::of(resolver.fault_around, space, fault.addr) else { return Said::Something };
-            simple.count(counters, write);
-            if simple.install(uffd, counters, &space.counters).stop.is_some() {
-                // It was counted.
-                pending.iter_mut().for_each(|fault| fault.retries = 1);
-                return Said::Something;
+            add_own(&counters.faults, 1);
+            add_own(&answered.faults, 1);
+            if write {
+                add_own(&counters.write_faults, 1);
             }
-            shared.latency.record(fault.since);
-            pending.clear();
-            self.saw(&fault);
-            if self.to_call.is_some() {
-                return Said::Something;
+            let simple = Simple::of(resolver.fault_around, space, addr);
+            let mut counted = false;
+            if let Some(simple) = &simple {
+                let own = simple.area.target.vmap.counters.first();
+                simple.count(counters, own, write, add_own);
+                let install = simple.install(uffd);
+                simple.source.count(install, counters, own, answered, add_own);
+                if install.stop.is_none() {
+                    shared.latency.first().record(since);
+                    *in_hand = None;
+                    self.saw(id, tid, false);
+                    if self.one_by_one != Some(tid) {
+                        // Several threads fault: it is worth while to ask for more than one message.
+                        self.one_by_one = None;
+                        return Said::Something;
+                    }
+                    if self.to_call.is_some() {
+                        return Said::Something;
+                    }
+                    continue;
+                }
+                counted = true;
             }
+            // There is room: nothing is pending.
+            let _ = pending.try_push(Fault { retries: counted.into(), ..Fault::new(id, addr, tid, write, since) });
+            *in_hand = None;
+            return Said::Something;
         }
         Said::Enough
     }
@@ -71,7 +84,7 @@ impl Handler {
     /// Tells whether faults of a space may be answered one by one, and makes room for what else may be read from it.
     fn is_plain(&mut self, index: usize) -> bool {
         let space = &mut self.spaces[index];
-        self.one_by_one
+        self.one_by_one.is_some()
             && space.foreign.is_none()
             && self.desk.is_none()
             && self.parked.is_empty()
