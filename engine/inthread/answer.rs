@@ -20,6 +20,7 @@ use crate::runtime::resolve::Source;
 use crate::runtime::shared::EngineShared;
 use crate::space::Target;
 use crate::space::table::{Area, AreaTable, find_in};
+use crate::stats::shards::Signalled;
 use crate::stats::{EngineCounters, SpaceCounters, VmapCounters};
 use crate::sys::{Install, Stop, Userfault};
 use crate::{Error, Result};
@@ -79,11 +80,14 @@ pub(super) struct Tries {
     changing: u32,
     starved: u32,
     unmapped: u32,
+    /// Where it is counted.
+    here: Signalled,
 }
 
 impl Tries {
     pub(super) fn new(addr: usize, access: Access) -> Tries {
-        Tries { addr: page_floor(addr), access, counted: false, changing: 0, starved: 0, unmapped: 0 }
+        let here = Signalled::here();
+        Tries { addr: page_floor(addr), access, counted: false, changing: 0, starved: 0, unmapped: 0, here }
     }
 
     /// Waits before the next try; `false` when there were enough. The thread is inside no crossing.
@@ -169,22 +173,24 @@ impl Board {
     /// Answers a touch; `None` if it lies in no area of this engine.
     pub(super) fn answer(&self, tries: &mut Tries) -> Option<Step> {
         let area = find_in(self.areas(), tries.addr)?;
+        let (all, own, answered) =
+            (self.all(tries.here), of(area, tries.here), self.counters.answered.signalled(tries.here));
         let first = !std::mem::replace(&mut tries.counted, true);
         if first {
             let is_write = u64::from(tries.access == Access::Write);
-            add(&self.all().faults, 1);
-            add(&self.all().write_faults, is_write);
-            add(&self.counters.answered.signalled().faults, 1);
-            add(&of(area).write_faults, is_write);
+            add(&all.faults, 1);
+            add(&all.write_faults, is_write);
+            add(&answered.faults, 1);
+            add(&own.write_faults, is_write);
         }
         let step = self.resolve(area, tries, first);
         match step {
             Step::Sigbus => {
-                add(&self.all().pages_poisoned, 1);
-                add(&of(area).pages_poisoned, 1);
-                add(&self.counters.answered.signalled().poisoned, 1);
+                add(&all.pages_poisoned, 1);
+                add(&own.pages_poisoned, 1);
+                add(&answered.poisoned, 1);
             }
-            Step::Again(_) => add(&self.all().parked, 1),
+            Step::Again(_) => add(&all.parked, 1),
             Step::Retry | Step::Asked(_) | Step::Unknown => {}
         }
         Some(step)
@@ -216,10 +222,17 @@ impl Board {
 
     fn resolve(&self, area: &Area<Target>, tries: &Tries, first: bool) -> Step {
         let pgoff = area.pgoff_of(tries.addr);
-        let touch = Touch { board: self, area, addr: tries.addr, pgoff, aside: tries.changing >= TRIES_BEFORE_ASIDE };
+        let touch = Touch {
+            board: self,
+            area,
+            addr: tries.addr,
+            pgoff,
+            here: tries.here,
+            aside: tries.changing >= TRIES_BEFORE_ASIDE,
+        };
         let plan = plan(self.fault_around, area, pgoff);
         if first {
-            for counter in plan.counters(self.all(), of(area)) {
+            for counter in plan.counters(self.all(tries.here), of(area, tries.here)) {
                 add(counter, 1);
             }
             plan.note(area, pgoff);
@@ -242,23 +255,18 @@ impl Board {
 
     /// Counts a touch that no engine knows.
     pub(super) fn count_stray(&self) {
-        add(&self.all().strays, 1);
+        add(&self.all(Signalled::here()).strays, 1);
     }
 
     /// The counters that a signal handler may reach.
-    fn all(&self) -> &EngineCounters {
-        self.shared.counters.signalled()
-    }
-
-    /// Counts what an ioctl installed, or why it did not.
-    fn count_installed(&self, area: &Area<Target>, source: &Source, install: Install) {
-        source.count(install, self.all(), of(area), self.counters.answered.signalled(), add);
+    fn all(&self, here: Signalled) -> &EngineCounters {
+        self.shared.counters.signalled(here)
     }
 }
 
 /// The counters of an area's vmap, of those that a signal handler may reach.
-fn of(area: &Area<Target>) -> &VmapCounters {
-    area.target.vmap.counters.signalled()
+fn of(area: &Area<Target>, here: Signalled) -> &VmapCounters {
+    area.target.vmap.counters.signalled(here)
 }
 
 /// Adds to a counter that any thread may add to.
@@ -274,11 +282,27 @@ struct Touch<'a> {
     area: &'a Area<Target>,
     addr: usize,
     pgoff: u64,
+    here: Signalled,
     /// The address space goes on changing: to be filled through the vmap's window.
     aside: bool,
 }
 
 impl Touch<'_> {
+    /// The counters of the engine.
+    fn all(&self) -> &EngineCounters {
+        self.board.all(self.here)
+    }
+
+    /// Those of the area's vmap.
+    fn own(&self) -> &VmapCounters {
+        of(self.area, self.here)
+    }
+
+    /// Counts what an ioctl installed, or why it did not.
+    fn count_installed(&self, source: &Source, install: Install) {
+        source.count(install, self.all(), self.own(), self.board.counters.answered.signalled(self.here), add);
+    }
+
     /// Installs the pages of `window`, one of which was touched; those that are there are passed over.
     fn install(&self, window: Range<u64>, source: Source) -> Step {
         let page = page_size();
@@ -292,13 +316,13 @@ impl Touch<'_> {
         let mut settled = 0;
         while settled < total {
             let install = source.install(&self.board.uffd, start + settled, settled, total - settled);
-            self.board.count_installed(self.area, &source, install);
+            self.count_installed(&source, install);
             settled += install.bytes;
             match install.stop {
                 None => break,
                 Some(Stop::Present) => {
-                    add(&self.board.all().already_present, 1);
-                    add(&of(self.area).already_present, 1);
+                    add(&self.all().already_present, 1);
+                    add(&self.own().already_present, 1);
                     if settled == wanted {
                         step = self.map_present();
                     }
@@ -337,10 +361,10 @@ impl Touch<'_> {
             Source::Memory(src) | Source::Read(src) => unsafe { window.copy(self.pgoff, src, page_size()) },
             Source::Zeros | Source::Held => window.zeropage(self.pgoff, page_size()),
         };
-        self.board.count_installed(self.area, &source, install);
+        self.count_installed(&source, install);
         if install.bytes > 0 {
-            add(&self.board.all().pages_aside, 1);
-            add(&of(self.area).pages_aside, 1);
+            add(&self.all().pages_aside, 1);
+            add(&self.own().pages_aside, 1);
         }
         match install.stop {
             None => Step::Retry,
@@ -376,8 +400,8 @@ impl Touch<'_> {
     }
 
     fn failed(&self) -> Step {
-        add(&self.board.all().source_errors, 1);
-        add(&of(self.area).source_errors, 1);
+        add(&self.all().source_errors, 1);
+        add(&self.own().source_errors, 1);
         Step::Sigbus
     }
 

@@ -56,6 +56,19 @@ pub(crate) fn add_own(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
+/// Names counters that not many other threads add to at this moment; found without a thread-local variable, for signal handlers.
+#[derive(Clone, Copy)]
+pub(crate) struct Signalled(usize);
+
+impl Signalled {
+    /// Those of the current processor.
+    pub(crate) fn here() -> Signalled {
+        // SAFETY: looks a number up; -1, if the kernel does not tell it, is as good as any.
+        let cpu = unsafe { libc::sched_getcpu() };
+        Signalled(cpu as usize % SIGNALLED)
+    }
+}
+
 /// Two cache lines: processors fetch them in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -82,12 +95,10 @@ impl<T> Sharded<T> {
         &self.0[FIRST].0
     }
 
-    /// Counters that any thread on the current processor may add to, if it does so by atomic additions; reached without a
-    /// thread-local variable, for signal handlers.
-    pub(crate) fn signalled(&self) -> &T {
-        // SAFETY: looks a number up; -1, if the kernel does not tell it, is as good as any.
-        let cpu = unsafe { libc::sched_getcpu() };
-        &self.0[SHARDS + cpu as usize % SIGNALLED].0
+    /// Counters that any thread may add to, if it does so by atomic additions.
+    #[inline]
+    pub(crate) fn signalled(&self, here: Signalled) -> &T {
+        &self.0[SHARDS + here.0].0
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
