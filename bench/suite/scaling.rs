@@ -157,7 +157,7 @@ fn counts(cpus: usize) -> Vec<usize> {
 }
 
 pub(crate) fn group(bench: &Bench) -> Group {
-    let pages = bench.extent(1 << 16, 1 << 13);
+    let pages = bench.extent(1 << 15, 1 << 13);
     let mut series = Vec::new();
     let plural = |n: usize, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
     for n in counts(bench.cpus.len()) {
@@ -328,7 +328,7 @@ pub(crate) fn group(bench: &Bench) -> Group {
             |_, base, pages, n, repetition| by_children(base, &orders(pages, n, Share::Own, repetition)),
         ));
     }
-    let repetitions = bench.extent(9, 2);
+    let repetitions = bench.extent(19, 2);
     Group { name: "scaling", title: "More threads and processes", unit: "page", repetitions, series }
 }
 

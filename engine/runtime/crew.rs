@@ -52,6 +52,7 @@ use super::watch::set_policy;
 use crate::process::ledger::Private;
 use crate::space::mmap_vec::MmapVec;
 use crate::space::{Space, SpaceId};
+use crate::stats::add_own;
 use crate::sys::futex;
 use crate::{Error, Result};
 
@@ -68,7 +69,8 @@ const FAILED: usize = 64;
 /// Threads that a member remembers.
 pub(super) const REMEMBERED: usize = 4;
 
-/// One member, as the others see it.
+/// One member, as the others see it. What it writes with each fault is in no cache line of another one.
+#[repr(align(128))]
 pub(super) struct Member {
     pub(super) epoll: Private<EpollFd>,
     /// The processor where it shall be; [`NOWHERE`] if it is not called.
@@ -125,7 +127,17 @@ impl Member {
 
     /// It has a fault from now on.
     pub(super) fn begins(&self) {
-        self.turn.fetch_add(1, Ordering::Relaxed);
+        self.turns();
+    }
+
+    /// Only the member itself writes there.
+    fn turns(&self) {
+        self.turn.store(self.turn.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// It has answered a fault.
+    pub(super) fn answers(&self) {
+        add_own(&self.answered, 1);
     }
 
     /// It begins to bring pages by system calls that wake whoever waits for them, or by others.
@@ -136,7 +148,7 @@ impl Member {
     /// It has none any more.
     pub(super) fn ends(&self) {
         self.is_waking.store(false, Ordering::Relaxed);
-        self.turn.fetch_add(1, Ordering::Relaxed);
+        self.turns();
     }
 
     /// Goes back to its processor, if it was let go elsewhere.

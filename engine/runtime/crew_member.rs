@@ -157,7 +157,7 @@ fn read_one(
     let filled = fill.run(member);
     if filled != Filled::Failed {
         crew.shared.latency.record(fault.since);
-        member.answered.fetch_add(1, Ordering::Relaxed);
+        member.answers();
         member.saw(id, fault.tid, inside);
     } else if crew.leave(Fault { retries: 1, ..fault }) {
         // Events may have been read since: it is old news.
@@ -202,13 +202,13 @@ enum Way<'a> {
 impl<'a> Fill<'a> {
     /// Looks a fault up; `None` if it is not simple.
     fn of(crew: &'a Crew, space: &'a Space, uffd: &'a Userfault, fault: &Fault, is_alone: bool) -> Option<Fill<'a>> {
-        let target = &space.table.find(fault.addr)?.target;
+        let simple = Simple::of(crew.fault_around, space, fault.addr)?;
+        let target = &simple.area.target;
         if target.vmap.residency != Residency::Swappable {
             // What is filled aside is locked when it is touched; what is installed is at once.
             return None;
         }
         let way = if is_alone { Way::There(uffd) } else { Way::Aside(target.window.as_deref()?) };
-        let simple = Simple::of(crew.fault_around, space, fault.addr)?;
         Some(Fill { crew, space, simple, way })
     }
 

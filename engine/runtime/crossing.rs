@@ -20,7 +20,10 @@ const INSIDE: u32 = SLEEPERS - 1;
 const LOOKS: u32 = 100;
 
 /// Keeps those who look apart from the one who changes.
+///
+/// Whoever goes in and out writes to it: nothing else is in its cache lines.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(crate) struct Crossing(AtomicU32);
 
 /// Being inside; it ends when dropped.

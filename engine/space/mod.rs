@@ -60,7 +60,9 @@ impl Target {
     }
 }
 
-/// One served address space; only the fault-handling thread changes it.
+/// One served address space; only the fault-handling thread changes it. Different threads may lock what is unheard of two that
+/// lie side by side: each has cache lines of its own.
+#[repr(align(128))]
 pub(crate) struct Space {
     pub(crate) id: SpaceId,
     /// That from which it was forked.
