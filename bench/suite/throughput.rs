@@ -74,7 +74,7 @@ pub(crate) fn group(bench: &Bench) -> Group {
     }
     let pool = pool.ok().map(Rc::new);
     let series = Order::ALL.into_iter().flat_map(|order| of_order(order, all, pool.clone())).collect();
-    let repetitions = bench.extent(3, 1);
+    let repetitions = bench.extent(7, 1);
     Group { name: "throughput", title: "Touching a large region", unit: "page", repetitions, series }
 }
 
