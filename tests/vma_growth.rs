@@ -247,7 +247,13 @@ fn the_keeper_does_not_wait_for_itself() {
         // Where another thread dropped it, the keeper has looked the page up. Without poison, what the keeper was told by is a
         // mask: a mapping that parts the grown one, of which what lies behind is then an area of its own.
         let is_parted = told.load(Ordering::SeqCst) == 1 && !engine.features().contains(Features::POISON);
-        assert_count(&engine, &vmap, if is_parted { 2 } else { 1 });
+        if is_parted {
+            // Where the mask is, and before it, nobody knows of a mapping: the kernel's table is not what the engine's is.
+            engine.settle().unwrap();
+            assert_eq!(vmap.refcount().unwrap(), 2);
+        } else {
+            assert_count(&engine, &vmap, 1);
+        }
         drop(region);
     });
 }
